@@ -1,0 +1,1 @@
+"""FLUX checkpoint to quantized checkpoint to ONNX; knows neither ComfyUI nor TensorRT."""

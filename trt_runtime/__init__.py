@@ -1,0 +1,1 @@
+"""Block ONNX to TensorRT plan to execution; knows neither ComfyUI nor ModelOpt."""
