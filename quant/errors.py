@@ -1,4 +1,4 @@
-"""Errors of the quantization and export stages; each message says what, the limit, the next step."""
+"""Errors of quantization and export; each message says what, the limit, the next step."""
 
 from __future__ import annotations
 
@@ -122,5 +122,6 @@ class OnnxExportMissingError(QuantError):
     def __init__(self, name: str, reason: str) -> None:
         self.name, self.reason = name, reason
         super().__init__(
-            f"'{name}' has no up-to-date ONNX export: {reason}. Run 'Export FLUX FP4 to ONNX' first."
+            f"'{name}' has no up-to-date ONNX export: {reason}. "
+            "Run 'Export FLUX FP4 to ONNX' first."
         )

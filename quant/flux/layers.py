@@ -18,7 +18,7 @@ LAYER_NORM_EPS = 1e-6
 """black-forest-labs/flux ``modules/layers.py``."""
 
 RMS_NORM_EPS = 2.0**-23
-"""ComfyUI 0.30 leaves ``eps`` unset; torch 2.11 then uses fp32's machine epsilon for every dtype."""
+"""ComfyUI 0.30 leaves ``eps`` unset: torch 2.11 takes fp32's machine epsilon for every dtype."""
 
 
 def rope_cos_sin(ids: Tensor, axes_dim: Sequence[int], theta: int) -> tuple[Tensor, Tensor]:

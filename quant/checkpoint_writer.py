@@ -1,0 +1,139 @@
+"""Writing a safetensors file whose tensors arrive one by one and whose header is known last.
+
+``safetensors.save_file`` wants every tensor in memory. Here the layout is declared first, room
+for the header is kept, each tensor is written to its place as it is made, and the header goes in
+at the end, padded with spaces as the format allows. The file takes its name only when complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import struct
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from blake3 import blake3
+from torch import Tensor
+
+from .errors import DiskFullError
+from .quantized_checkpoint import METADATA_KEY, QuantizedMetadata
+
+_DTYPES = {
+    torch.float32: ("F32", 4),
+    torch.bfloat16: ("BF16", 2),
+    torch.float16: ("F16", 2),
+    torch.float8_e4m3fn: ("F8_E4M3", 1),
+    torch.uint8: ("U8", 1),
+}
+_ALIGNMENT = 8
+"""safetensors aligns the end of its header to 8 bytes."""
+
+_REPORT_BYTES = 400
+"""Room for one report entry: its longest name and three numbers take under 250 bytes."""
+
+
+class CheckpointWriter:
+    """Writes a quantized checkpoint atomically; a context manager.
+
+    Leaving the context without ``finish`` removes everything that was written.
+    """
+
+    def __init__(self, path: Path, layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]):
+        """Lay the file out.
+
+        Args:
+            path: Final name; a file there is replaced by ``finish``, and only then.
+            layout: dtype and shape of every tensor by name.
+        """
+        self._path = path
+        self._layout = dict(layout)
+        # widest dtype first: every tensor starts at a multiple of its element size
+        order = sorted(layout, key=lambda name: (-_DTYPES[layout[name][0]][1], name))
+        self._offsets: dict[str, tuple[int, int]] = {}
+        end = 0
+        for name in order:
+            dtype, shape = layout[name]
+            size = _DTYPES[dtype][1] * torch.Size(shape).numel()
+            self._offsets[name] = (end, end + size)
+            end += size
+        room = len(self._header("")) + _REPORT_BYTES * (len(layout) + 16)
+        self._data_start = 8 + room + -room % _ALIGNMENT
+        self._total_bytes = self._data_start + end
+        self._digests: dict[str, str] = {}
+
+    def __enter__(self) -> CheckpointWriter:
+        """Create the temporary file beside the final one.
+
+        Raises:
+            DiskFullError: The disk has less room than the file needs.
+        """
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self._path.parent).free
+        if free < self._total_bytes:
+            raise DiskFullError(self._path.name, self._total_bytes, free)
+        self._temporary = self._path.with_name(f".{self._path.stem}-{uuid.uuid4().hex}.tmp")
+        self._file = self._temporary.open("x+b")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close the file, and remove it unless it was finished."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+        self._temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            free = shutil.disk_usage(self._path.parent).free
+            raise DiskFullError(self._path.name, self._total_bytes, free) from error
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor to its place; dtype and shape must be those declared."""
+        if (tensor.dtype, tuple(tensor.shape)) != self._layout[name]:
+            raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} was not declared")
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        self._file.seek(self._data_start + self._offsets[name][0])
+        self._file.write(data.data)
+        self._digests[name] = blake3(data.data).hexdigest()
+
+    def content_digest(self) -> str:
+        """Return the digest over names and bytes of all tensors; all must be written."""
+        missing = sorted(set(self._layout) - set(self._digests))
+        if missing:
+            raise ValueError(f"{len(missing)} tensors were never written, first: {missing[0]}")
+        digest = blake3()
+        for name in sorted(self._digests):
+            digest.update(f"{name}\0{self._digests[name]}\0".encode())
+        return digest.hexdigest()
+
+    def finish(self, metadata: QuantizedMetadata) -> None:
+        """Write the header, flush to disk and give the file its name."""
+        header = self._header(metadata.model_dump_json()).ljust(self._data_start - 8, b" ")
+        if len(header) != self._data_start - 8:
+            raise ValueError(f"header of {len(header)} bytes, room for {self._data_start - 8}")
+        self._file.seek(0)
+        self._file.write(struct.pack("<Q", len(header)) + header)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._temporary.replace(self._path)
+
+    def _header(self, metadata: str) -> bytes:
+        entries: dict[str, object] = {"__metadata__": {"format": "pt", METADATA_KEY: metadata}}
+        for name, span in self._offsets.items():
+            dtype, shape = self._layout[name]
+            entries[name] = {
+                "dtype": _DTYPES[dtype][0],
+                "shape": list(shape),
+                "data_offsets": list(span),
+            }
+        return json.dumps(entries, separators=(",", ":")).encode()
