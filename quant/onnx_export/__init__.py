@@ -1,0 +1,5 @@
+"""Quantized checkpoint to ONNX, one small file per block, no weight copied."""
+
+from .export import export_blocks, exported_blocks, onnx_path
+
+__all__ = ["export_blocks", "exported_blocks", "onnx_path"]

@@ -1,0 +1,49 @@
+"""What an exported block says of itself in ``metadata_props``, and how it names inputs.
+
+The runtime reads this contract from the file alone; the two packages share no code.
+"""
+
+from __future__ import annotations
+
+import json
+
+from ..flux.config import block_linears
+from ..quantized_checkpoint import UNQUANTIZED, QuantizedCheckpoint
+
+CONTRACT_VERSION = 1
+
+DOUBLE_MODULATION = tuple(
+    f"{stream}_mod{index}_{vector}"
+    for stream in ("img", "txt")
+    for index in (1, 2)
+    for vector in ("shift", "scale", "gate")
+)
+"""Modulation inputs of a double block, in the order of ``modulation_vectors``."""
+
+SINGLE_MODULATION = ("mod_shift", "mod_scale", "mod_gate")
+
+
+def block_kind(block: str) -> str:
+    """Return ``double`` or ``single``."""
+    return "double" if block.startswith("double_blocks.") else "single"
+
+
+def contract_metadata(checkpoint: QuantizedCheckpoint, block: str) -> dict[str, str]:
+    """Return the ``metadata_props`` of a block's ONNX file."""
+    metadata = checkpoint.metadata
+    config = metadata.config
+    quantized = metadata.recipe != UNQUANTIZED
+    return {
+        "flux_fp4.contract": str(CONTRACT_VERSION),
+        "flux_fp4.block": block,
+        "flux_fp4.kind": block_kind(block),
+        "flux_fp4.hidden_size": str(config.hidden_size),
+        "flux_fp4.num_heads": str(config.num_heads),
+        "flux_fp4.high_precision": metadata.high_precision,
+        "flux_fp4.fp4_linears": json.dumps(block_linears(block) if quantized else ()),
+        "flux_fp4.fp8_attention": str(int(metadata.fp8_attention)),
+        "flux_fp4.depth": str(config.depth),
+        "flux_fp4.depth_single_blocks": str(config.depth_single_blocks),
+        "flux_fp4.checkpoint_digest": metadata.content_digest,
+        "flux_fp4.recipe": metadata.recipe,
+    }

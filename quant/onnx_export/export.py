@@ -1,0 +1,93 @@
+"""Writing one ONNX file per block beside the checkpoint whose bytes they point into.
+
+ONNX external data must lie in the model's own folder (the checker, ONNX Runtime and TensorRT's
+parser refuse ``..`` and links), so checkpoint and ONNX files share one.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import uuid
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from ..errors import OnnxExportMissingError
+from ..progress import Progress
+from ..quantized_checkpoint import QuantizedCheckpoint
+from .blocks import block_model
+from .contract import contract_metadata
+
+logger = logging.getLogger(__name__)
+
+
+def export_blocks(checkpoint: Path, progress: Progress) -> tuple[Path, ...]:
+    """Export every block of a quantized checkpoint.
+
+    Each file is checked with ``onnx.checker`` (full check) under a temporary name before it takes
+    its own, so an interrupted export leaves whole files only.
+
+    Args:
+        checkpoint: The quantized checkpoint.
+        progress: Called before each block; may raise to cancel.
+
+    Returns:
+        The ONNX files in the order in which samples pass through the blocks.
+
+    Raises:
+        QuantizedCheckpointError: The file is no quantized checkpoint of this version.
+    """
+    started = time.monotonic()
+    header = QuantizedCheckpoint.read(checkpoint)
+    blocks = header.metadata.config.block_names
+    paths = []
+    for done, block in enumerate(blocks):
+        progress(f"Exporting {block}", done, len(blocks))
+        path = onnx_path(checkpoint, block)
+        _write_checked(block_model(header, block), path)
+        paths.append(path)
+    progress("Exported", len(blocks), len(blocks))
+    seconds = time.monotonic() - started
+    logger.info("Exported %d blocks of %s in %.1f s", len(blocks), checkpoint.name, seconds)
+    return tuple(paths)
+
+
+def exported_blocks(checkpoint: Path) -> tuple[Path, ...]:
+    """Return the ONNX files of a checkpoint if they are complete and belong to it.
+
+    Raises:
+        OnnxExportMissingError: A file is absent or was exported from other tensors.
+    """
+    header = QuantizedCheckpoint.read(checkpoint)
+    paths = []
+    for block in header.metadata.config.block_names:
+        path = onnx_path(checkpoint, block)
+        if not path.is_file():
+            raise OnnxExportMissingError(header.name, f"'{path.name}' is missing")
+        model = onnx.load(path, load_external_data=False)
+        found = {entry.key: entry.value for entry in model.metadata_props}
+        if found != contract_metadata(header, block):
+            raise OnnxExportMissingError(header.name, f"'{path.name}' is of another checkpoint")
+        paths.append(path)
+    return tuple(paths)
+
+
+def onnx_path(checkpoint: Path, block: str) -> Path:
+    """Return where the ONNX file of a block lies."""
+    return checkpoint.with_name(f"{block}.onnx")
+
+
+def _write_checked(model: ir.Model, path: Path) -> None:
+    temporary = path.with_name(f".{path.stem}-{uuid.uuid4().hex}.tmp")
+    try:
+        # external tensors stay external: nothing of the checkpoint is copied
+        ir.save(model, temporary, format="protobuf")
+        onnx.checker.check_model(str(temporary), full_check=True)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

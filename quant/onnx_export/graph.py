@@ -1,0 +1,212 @@
+"""Authoring an ONNX graph whose weights are byte ranges of the quantized checkpoint."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from ..nvfp4 import NVFP4_BLOCK
+from ..quantized_checkpoint import QuantizedCheckpoint, StoredTensor
+
+OPSET = 23
+"""First opset with FLOAT4E2M1 blocks in DequantizeLinear, RMSNormalization, RotaryEmbedding."""
+
+IR_VERSION = 11
+"""The ONNX IR version that belongs to opset 23."""
+
+TRT_DOMAIN = "trt"
+
+_STORED_TYPES = {
+    "U8": ir.DataType.FLOAT4E2M1,
+    "F8_E4M3": ir.DataType.FLOAT8E4M3FN,
+    "F32": ir.DataType.FLOAT,
+    "BF16": ir.DataType.BFLOAT16,
+    "F16": ir.DataType.FLOAT16,
+}
+_HIGH_PRECISION = {
+    "bf16": (ir.DataType.BFLOAT16, ml_dtypes.bfloat16),
+    "fp16": (ir.DataType.FLOAT16, np.float16),
+    "fp32": (ir.DataType.FLOAT, np.float32),
+}
+
+
+class BlockGraph:
+    """A graph under construction for one block.
+
+    Attributes:
+        high_precision: ONNX type of everything that is not quantized.
+    """
+
+    def __init__(self, checkpoint: QuantizedCheckpoint, block: str) -> None:
+        self._checkpoint = checkpoint
+        self._block = block
+        self._nodes: list[ir.Node] = []
+        self._inputs: list[ir.Value] = []
+        self._initializers: dict[str, ir.Value] = {}
+        self.high_precision, self._numpy_type = _HIGH_PRECISION[checkpoint.metadata.high_precision]
+
+    def input(self, name: str, shape: tuple[int | str, ...], dtype: ir.DataType) -> ir.Value:
+        """Add a graph input; strings in ``shape`` are dynamic axes."""
+        value = ir.val(name, dtype, shape)
+        self._inputs.append(value)
+        return value
+
+    def op(
+        self,
+        op_type: str,
+        *inputs: ir.Value,
+        name: str | None = None,
+        **attributes: int | float | str | list[int],
+    ) -> ir.Value:
+        """Add a node with one output and return that; the node names its output."""
+        return self.node(op_type, inputs, 1, name, "", **attributes)[0]
+
+    def node(
+        self,
+        op_type: str,
+        inputs: tuple[ir.Value, ...],
+        outputs: int,
+        name: str | None,
+        domain: str,
+        **attributes: int | float | str | list[int],
+    ) -> tuple[ir.Value, ...]:
+        """Add a node and return its outputs."""
+        name = name or f"{op_type}_{len(self._nodes)}"
+        node = ir.node(
+            op_type, inputs, attributes or None, domain=domain, num_outputs=outputs, name=name
+        )
+        for index, value in enumerate(node.outputs):
+            value.name = f"{name}:{index}"
+        self._nodes.append(node)
+        return tuple(node.outputs)
+
+    def stored(self, tensor: str) -> ir.Value:
+        """Return a tensor of this block as an initializer that points into the checkpoint.
+
+        Args:
+            tensor: Name relative to the block. Packed FP4 weights appear with their ``[N, K]``.
+        """
+        if tensor not in self._initializers:
+            place = self._checkpoint.tensors[f"{self._block}.{tensor}"]
+            dtype, shape = _STORED_TYPES[place.dtype], _logical_shape(place)
+            external = ir.ExternalTensor(
+                self._checkpoint.path.name,
+                place.offset,
+                place.length,
+                dtype,
+                shape=ir.Shape(shape),
+                name=tensor,
+                base_dir=self._checkpoint.path.parent,
+            )
+            self._initializers[tensor] = ir.val(tensor, dtype, shape, const_value=external)
+        return self._initializers[tensor]
+
+    def has(self, tensor: str) -> bool:
+        """Tell whether the checkpoint stores this tensor of the block."""
+        return f"{self._block}.{tensor}" in self._checkpoint.tensors
+
+    def is_quantized(self, linear: str) -> bool:
+        """Tell whether a Linear of the block is stored in NVFP4."""
+        return self._checkpoint.tensors[f"{self._block}.{linear}.weight"].dtype == "U8"
+
+    def constant(self, name: str, value: float | np.ndarray) -> ir.Value:
+        """Return a constant in the high-precision type; one initializer per name."""
+        return self._constant(name, np.asarray(value, dtype=self._numpy_type))
+
+    def integers(self, *values: int) -> ir.Value:
+        """Return a 1-D int64 constant."""
+        return self._constant("int64_" + "_".join(map(str, values)), np.array(values, np.int64))
+
+    def fp8_zero(self) -> ir.Value:
+        """Return the E4M3 zero point that makes QuantizeLinear produce E4M3."""
+        return self._constant("fp8_zero", np.zeros((), ml_dtypes.float8_e4m3fn))
+
+    def model(self, outputs: dict[str, ir.Value], metadata: dict[str, str]) -> ir.Model:
+        """Finish the graph.
+
+        Args:
+            outputs: Value by output name; axes are inferred by readers.
+            metadata: ``metadata_props`` of the model.
+        """
+        named = []
+        for name, value in outputs.items():
+            output = self.op("Identity", value, name=name)
+            output.name, output.type, output.shape = name, value.type, value.shape
+            named.append(output)
+        graph = ir.Graph(
+            self._inputs,
+            named,
+            nodes=self._nodes,
+            initializers=tuple(self._initializers.values()),
+            opset_imports={"": OPSET, TRT_DOMAIN: 1},
+            name=self._block,
+        )
+        return ir.Model(
+            graph, ir_version=IR_VERSION, producer_name="flux_fp4", metadata_props=metadata
+        )
+
+    def _constant(self, name: str, value: np.ndarray) -> ir.Value:
+        if name not in self._initializers:
+            tensor = ir.tensor(value, name=name)
+            self._initializers[name] = ir.val(name, tensor.dtype, tensor.shape, const_value=tensor)
+        return self._initializers[name]
+
+
+def _logical_shape(place: StoredTensor) -> tuple[int, ...]:
+    if place.dtype == "U8":
+        rows, packed_columns = place.shape
+        return rows, 2 * packed_columns
+    return place.shape
+
+
+def nvfp4_linear(
+    graph: BlockGraph, linear: str, x: ir.Value, shape: tuple[int | str, ...]
+) -> ir.Value:
+    """Emit one NVFP4 Linear without its bias.
+
+    NVIDIA's published form (ModelOpt 0.47 ``nvfp4_exporter.py``): two DequantizeLinear on the
+    weight, ``TRT_FP4DynamicQuantize`` and two DequantizeLinear on the input, both cast to the
+    high-precision type after dequantizing in fp32. TensorRT-RTX 1.7 makes one FP4 GEMM of it.
+
+    Args:
+        graph: The block's graph.
+        linear: Name relative to the block.
+        x: Input ``[B, L, K]``; TensorRT refuses rank 4.
+        shape: Shape of ``x``.
+    """
+    block = {"axis": -1, "block_size": NVFP4_BLOCK}
+    input_scale = graph.stored(f"{linear}.input_scale")
+    codes, scale = graph.node(
+        "TRT_FP4DynamicQuantize",
+        (x, input_scale),
+        2,
+        f"{linear}/Quantize",
+        TRT_DOMAIN,
+        scale_type=int(ir.DataType.FLOAT8E4M3FN),
+        **block,
+    )
+    # shape inference knows no operator of TensorRT's domain
+    codes.dtype, codes.shape = ir.DataType.FLOAT4E2M1, ir.Shape(shape)
+    scale.dtype = ir.DataType.FLOAT8E4M3FN
+    scale.shape = ir.Shape((*shape[:-1], int(shape[-1]) // NVFP4_BLOCK))
+    scale = graph.op("DequantizeLinear", scale, input_scale, name=f"{linear}/DQ_input_scale")
+    dequantized = graph.op("DequantizeLinear", codes, scale, name=f"{linear}/DQ_input", **block)
+    block_scale = graph.op(
+        "DequantizeLinear",
+        graph.stored(f"{linear}.weight_scale"),
+        graph.stored(f"{linear}.weight_scale_2"),
+        name=f"{linear}/DQ_weight_scale",
+    )
+    weight = graph.op(
+        "DequantizeLinear",
+        graph.stored(f"{linear}.weight"),
+        block_scale,
+        name=f"{linear}/DQ_weight",
+        **block,
+    )
+    to = int(graph.high_precision)
+    dequantized = graph.op("Cast", dequantized, name=f"{linear}/Cast_input", to=to)
+    weight = graph.op("Cast", weight, name=f"{linear}/Cast_weight", to=to)
+    weight = graph.op("Transpose", weight, name=f"{linear}/Transpose", perm=[1, 0])
+    return graph.op("MatMul", dequantized, weight, name=f"{linear}/MatMul")
