@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from comfy_server import ComfyClient, ComfyServer
@@ -31,5 +32,11 @@ def server(comfyui_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 @pytest.fixture(scope="session")
-def client(server: ComfyServer) -> ComfyClient:
+def object_info(server: ComfyServer) -> dict[str, Any]:
+    """Node definitions of the fresh server, before any test adds files to its model folders."""
+    return server.client.object_info()
+
+
+@pytest.fixture(scope="session")
+def client(server: ComfyServer, object_info: dict[str, Any]) -> ComfyClient:
     return server.client
