@@ -1,0 +1,239 @@
+"""Errors of the runtime: each carries its fields and builds the sentence that the user reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+BUILD_NODE = '"Build TensorRT Engine"'
+EXPORT_NODE = '"Export ONNX"'
+
+
+class EngineError(Exception):
+    """Anything that building, checking, loading or running an engine refuses."""
+
+
+class BackendMissingError(EngineError):
+    """The library of a backend is not installed or does not load."""
+
+    def __init__(self, backend: str, package: str, reason: str) -> None:
+        self.backend, self.package, self.reason = backend, package, reason
+        super().__init__(
+            f"Backend '{backend}' needs the Python package '{package}', which does not import here "
+            f"({reason}). Install it into ComfyUI's Python with: "
+            f"python -m pip install {package!r}"
+        )
+
+
+class BackendUnusableError(EngineError):
+    """A backend was asked for by name on a machine that cannot run it."""
+
+    def __init__(self, backend: str, reason: str) -> None:
+        self.backend, self.reason = backend, reason
+        super().__init__(
+            f"Backend '{backend}' cannot run here: {reason}. "
+            'Choose backend "auto" or "reference" to run on the CPU.'
+        )
+
+
+class BuildSpecError(EngineError, ValueError):
+    """A target, a profile or a worker count that cannot be built."""
+
+
+class ShapeProfileError(EngineError):
+    """Token counts outside the range that an engine was built for."""
+
+    def __init__(self, label: str, tokens: int, minimum: int, maximum: int, widget: str) -> None:
+        self.label, self.tokens, self.minimum, self.maximum = label, tokens, minimum, maximum
+        smaller, bound = ("fewer", "max") if tokens > maximum else ("more", "min")
+        super().__init__(
+            f"This run needs {tokens} {label} tokens; the engine takes {minimum} to {maximum}. "
+            f'Use {smaller}, or build again with {BUILD_NODE} and another "{bound} {widget}".'
+        )
+
+
+class BlockContractError(EngineError):
+    """An ONNX file that is not a block this runtime can trust."""
+
+    def __init__(self, path: Path, problem: str) -> None:
+        self.path, self.problem = path, problem
+        super().__init__(
+            f"'{path.name}' is not a usable block ONNX: {problem}. "
+            f"Export it again with {EXPORT_NODE}."
+        )
+
+
+class BlocksMissingError(EngineError):
+    """A folder that does not hold all blocks of one model."""
+
+    def __init__(self, folder: Path, missing: Sequence[str]) -> None:
+        self.folder, self.missing = folder, tuple(missing)
+        super().__init__(
+            f"Folder '{folder.name}' lacks {len(self.missing)} block ONNX files (first: "
+            f"'{self.missing[0]}.onnx'). Export the checkpoint again with {EXPORT_NODE}."
+        )
+
+
+class BlocksMixedError(EngineError):
+    """Block files of one folder that come from different exports."""
+
+    def __init__(self, folder: Path, problem: str) -> None:
+        self.folder, self.problem = folder, problem
+        super().__init__(
+            f"The block ONNX files in '{folder.name}' do not belong together: {problem}. "
+            f"Export the checkpoint again with {EXPORT_NODE}."
+        )
+
+
+class DiskFullError(EngineError):
+    """A file did not fit; nothing with its final name was left."""
+
+    def __init__(self, path: Path, needed_bytes: int, free_bytes: int) -> None:
+        self.path, self.needed_bytes, self.free_bytes = path, needed_bytes, free_bytes
+        super().__init__(
+            f"'{path.name}' needs {needed_bytes} bytes, but the disk takes no more "
+            f"({free_bytes} bytes free in '{path.parent.name}'). Free some space and run the step "
+            "again; finished blocks are kept."
+        )
+
+
+class PlanBuildError(EngineError):
+    """TensorRT refused a block."""
+
+    def __init__(self, block: str, messages: Sequence[str]) -> None:
+        self.block, self.messages = block, tuple(messages)
+        super().__init__(
+            f"TensorRT cannot build block '{block}': {'; '.join(messages) or 'no reason given'}. "
+            f"If the ONNX files are older than this version of the pack, run {EXPORT_NODE} again."
+        )
+
+
+class EngineLintError(EngineError):
+    """A plan that would not run as NVFP4: it built, but it is not what was asked for."""
+
+    def __init__(self, block: str, problems: dict[str, str]) -> None:
+        self.block, self.problems = block, dict(problems)
+        listed = "; ".join(f"{linear}: {problem}" for linear, problem in problems.items())
+        super().__init__(
+            f"Block '{block}' lost its precision in the build ({listed}). The plan was not stored. "
+            f"Quantize and export the block again, or report the TensorRT version."
+        )
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """What lost its precision: Linears, or "attention"."""
+        return tuple(self.problems)
+
+
+class WorkerDiedError(EngineError):
+    """The build process ended without an answer."""
+
+    def __init__(self, block: str, cause: str, log_tail: Sequence[str]) -> None:
+        self.block, self.cause, self.log_tail = block, cause, tuple(log_tail)
+        tail = " | ".join(self.log_tail) or "no output"
+        super().__init__(
+            f"The build process died at block '{block}' ({cause}). Last output: {tail}. "
+            f"Run {BUILD_NODE} again; finished blocks are kept."
+        )
+
+
+class ManifestMissingError(EngineError):
+    """A folder without a finished engine."""
+
+    def __init__(self, engine_dir: Path, plans: int, unfinished: bool) -> None:
+        self.engine_dir, self.plans, self.unfinished = engine_dir, plans, unfinished
+        why = "its build did not finish" if unfinished else "it has no manifest.json"
+        super().__init__(
+            f"Engine '{engine_dir.parent.name}/{engine_dir.name}' cannot be loaded: {why} "
+            f"({plans} plan files found, none was opened). Run {BUILD_NODE}; finished blocks are "
+            "kept."
+        )
+
+
+class ManifestInvalidError(EngineError):
+    """A manifest with a field that is not allowed."""
+
+    def __init__(self, path: Path, field: str, problem: str) -> None:
+        self.path, self.field, self.problem = path, field, problem
+        super().__init__(
+            f"'{path.parent.name}/{path.name}' is refused: field '{field}': {problem}. "
+            f"Was this engine built on this machine? Build it again with {BUILD_NODE}."
+        )
+
+
+class EngineMismatchError(EngineError):
+    """A plan file that differs from its manifest, or a manifest that differs from its sources."""
+
+    action = f"Build it again with {BUILD_NODE}."
+
+    def __init__(self, file: str, problem: str) -> None:
+        self.file, self.problem = file, problem
+        super().__init__(f"'{file}' {problem}. {self.action}")
+
+
+class PlanMissingError(EngineMismatchError):
+    """The manifest names a plan that is not there."""
+
+
+class PlanTruncatedError(EngineMismatchError):
+    """A plan with another number of bytes than the manifest says."""
+
+
+class PlanDigestError(EngineMismatchError):
+    """A plan with other content than the manifest says."""
+
+    action = f"Was this engine built on this machine? Build it again with {BUILD_NODE}."
+
+
+class EngineStaleError(EngineMismatchError):
+    """The ONNX files changed after the engine was built."""
+
+
+class EngineVersionError(EngineError):
+    """Plans of another library or release: they never run on this one."""
+
+    def __init__(self, built_with: str, installed: str) -> None:
+        self.built_with, self.installed = built_with, installed
+        super().__init__(
+            f"The engine was built with {built_with}; installed is {installed}, and plans do not "
+            f"move between releases. Build it again with {BUILD_NODE}."
+        )
+
+
+class EngineTargetError(EngineError):
+    """Plans for another GPU generation."""
+
+    def __init__(self, gpu: str, sm: str, targets: Sequence[str]) -> None:
+        self.gpu, self.sm, self.targets = gpu, sm, tuple(targets)
+        super().__init__(
+            f"The engine targets {', '.join(t.upper() for t in targets)}; this GPU is {sm.upper()} "
+            f"({gpu}). Build it for this GPU with {BUILD_NODE}."
+        )
+
+
+class BlockInputError(EngineError):
+    """Inputs that do not match a block's signature."""
+
+    def __init__(self, block: str, problem: str) -> None:
+        self.block, self.problem = block, problem
+        super().__init__(f"Block '{block}' cannot run: {problem}.")
+
+
+class EngineNotLoadedError(EngineError):
+    """A run before load() or after unload()."""
+
+    def __init__(self, block: str) -> None:
+        self.block = block
+        super().__init__(f"Block '{block}' cannot run: the engine is not loaded. Load it first.")
+
+
+class ExecutionError(EngineError):
+    """TensorRT refused to load or to run a verified plan."""
+
+    def __init__(self, block: str, step: str, messages: Sequence[str]) -> None:
+        self.block, self.step, self.messages = block, step, tuple(messages)
+        super().__init__(
+            f"TensorRT failed at block '{block}' in {step}: "
+            f"{'; '.join(self.messages) or 'no reason given'}. "
+            f"If it happens again, build the engine again with {BUILD_NODE}."
+        )

@@ -1,0 +1,100 @@
+"""Locates a block's weights: byte ranges of one plain file beside the ONNX file, nothing else."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import BlockContractError
+
+if TYPE_CHECKING:
+    import onnx
+
+
+@dataclass(frozen=True)
+class ByteRange:
+    """Where an initializer lies in the weights file."""
+
+    name: str
+    offset: int
+    length: int
+
+
+def weight_ranges(path: Path, model: onnx.ModelProto) -> tuple[Path | None, tuple[ByteRange, ...]]:
+    """Return the weights file and the range of every external initializer of `model`.
+
+    Raises:
+        BlockContractError: data outside the folder, outside the file, or of another size than its
+            shape.
+    """
+    import onnx
+
+    tensors = [
+        tensor
+        for tensor in model.graph.initializer
+        if tensor.data_location == onnx.TensorProto.EXTERNAL
+    ]
+    ranges, locations = [], set()
+    for tensor, entries in zip(tensors, _external_entries(path, tensors), strict=True):
+        locations.add(entries["location"])
+        ranges.append(ByteRange(tensor.name, int(entries["offset"]), int(entries["length"])))
+    if not locations:
+        return None, ()
+    if len(locations) > 1:
+        raise BlockContractError(path, f"its weights lie in {len(locations)} files")
+    weights = _weights_file(path, locations.pop())
+    size = weights.stat().st_size
+    for entry in ranges:
+        if entry.offset + entry.length > size:
+            raise BlockContractError(
+                path,
+                f"'{entry.name}' lies at {entry.offset}+{entry.length}, beyond the {size} bytes of "
+                f"'{weights.name}'",
+            )
+    return weights, tuple(ranges)
+
+
+def _external_entries(path: Path, tensors: list[onnx.TensorProto]) -> Iterator[dict[str, str]]:
+    for tensor in tensors:
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        numbers = [entries.get(key, "") for key in ("offset", "length")]
+        if not all(re.fullmatch(r"\d{1,15}", number) for number in numbers):
+            raise BlockContractError(path, f"'{tensor.name}' has no plain offset and length")
+        expected = math.ceil(math.prod(tensor.dims) * _bits(path, tensor) / 8)
+        if any(dim < 0 for dim in tensor.dims) or int(numbers[1]) != expected:
+            raise BlockContractError(
+                path, f"'{tensor.name}' has {numbers[1]} bytes, its shape needs {expected}"
+            )
+        yield entries
+
+
+def _bits(path: Path, tensor: onnx.TensorProto) -> int:
+    import onnx
+
+    kinds = onnx.TensorProto
+    bits: dict[int, int] = {
+        kinds.FLOAT4E2M1: 4,
+        kinds.FLOAT8E4M3FN: 8,
+        kinds.BFLOAT16: 16,
+        kinds.FLOAT16: 16,
+        kinds.FLOAT: 32,
+    }
+    if tensor.data_type not in bits:
+        raise BlockContractError(path, f"weight '{tensor.name}' has an unexpected type")
+    return bits[tensor.data_type]
+
+
+def _weights_file(path: Path, location: str) -> Path:
+    """Return the weights file, which must be a plain file beside the ONNX file."""
+    if re.search(r"[/\\:\x00]", location) or location in ("", ".", ".."):
+        raise BlockContractError(path, f"its weights lie outside its folder, at '{location}'")
+    weights = path.parent / location
+    if weights.is_symlink():
+        raise BlockContractError(path, f"its weights file '{location}' is a link")
+    if not weights.is_file():
+        raise BlockContractError(path, f"its weights file '{location}' is missing")
+    return weights

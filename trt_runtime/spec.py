@@ -1,0 +1,121 @@
+"""What to build: targets and the range of shapes."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from .errors import BuildSpecError, ShapeProfileError
+
+BACKENDS = ("tensorrt_rtx", "tensorrt")
+
+FP4_TARGETS = ("sm100", "sm103", "sm120", "sm121")
+"""GPU generations with NVFP4 tensor cores (Blackwell)."""
+
+RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
+"""Members of tensorrt_rtx.ComputeCapability in 1.7."""
+
+
+@dataclass(frozen=True)
+class TokenRange:
+    """Allowed number of tokens on one axis; it both checks and describes itself."""
+
+    label: str
+    """What the tokens are, as the user reads it."""
+    minimum: int
+    optimum: int
+    maximum: int
+    widget: str
+    """The widget of the build node, without "min" or "max", that widens this range."""
+
+    def __post_init__(self) -> None:
+        """Reject an empty or unordered range."""
+        if not 1 <= self.minimum <= self.optimum <= self.maximum:
+            raise BuildSpecError(
+                f"{self.label} tokens need 1 <= min <= opt <= max, got "
+                f"{self.minimum}, {self.optimum}, {self.maximum}. Correct the profile."
+            )
+
+    def check(self, tokens: int) -> None:
+        """Raise ShapeProfileError when `tokens` is outside."""
+        if not self.minimum <= tokens <= self.maximum:
+            raise ShapeProfileError(self.label, tokens, self.minimum, self.maximum, self.widget)
+
+    def describe(self) -> str:
+        """Return the range as text."""
+        return f"{self.label} tokens {self.minimum} to {self.maximum}"
+
+
+@dataclass(frozen=True)
+class ShapeProfile:
+    """Shapes that one engine accepts; activation memory grows with the maxima."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    max_batch: int = 1
+    """Larger batches are split at run time."""
+    min_img_tokens: int = 64
+    opt_img_tokens: int = 4096
+    """1024x1024 pixels: FLUX patches are 16x16 pixels."""
+    max_img_tokens: int = 4096
+    min_txt_tokens: int = 1
+    opt_txt_tokens: int = 512
+    max_txt_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        """Reject ranges that no shape fits."""
+        if self.max_batch < 1:
+            raise BuildSpecError(f"max_batch is {self.max_batch}; it must be at least 1.")
+        for axis in ("N", "T"):
+            self.range(axis)
+
+    def range(self, axis: str) -> TokenRange:
+        """Return the range of a dynamic axis: N image, T text, S both."""
+        img = (self.min_img_tokens, self.opt_img_tokens, self.max_img_tokens)
+        txt = (self.min_txt_tokens, self.opt_txt_tokens, self.max_txt_tokens)
+        if axis == "N":
+            return TokenRange("image", *img, widget="megapixels")
+        if axis == "T":
+            return TokenRange("text", *txt, widget="text tokens")
+        low, middle, high = (i + t for i, t in zip(img, txt, strict=True))
+        return TokenRange("image and text", low, middle, high, "megapixels")
+
+    def bounds(self, axis: str) -> tuple[int, int, int]:
+        """Return (min, opt, max) of axis B, N, T or S for an optimization profile."""
+        if axis == "B":
+            return 1, 1, self.max_batch
+        tokens = self.range(axis)
+        return tokens.minimum, tokens.optimum, tokens.maximum
+
+
+@dataclass(frozen=True)
+class BuildSpec:
+    """Everything that names an engine besides its checkpoint."""
+
+    backend: str = "tensorrt_rtx"
+    targets: tuple[str, ...] = ("sm120",)
+    """Compute capabilities, lower case; one plan can hold kernels for several."""
+    profile: ShapeProfile = field(default_factory=ShapeProfile)
+
+    def __post_init__(self) -> None:
+        """Reject unknown backends and targets; order the targets."""
+        if self.backend not in BACKENDS:
+            raise BuildSpecError(
+                f"Backend '{self.backend}' cannot build plans; choose one of {', '.join(BACKENDS)}."
+            )
+        targets = tuple(sorted(set(self.targets), key=lambda sm: (len(sm), sm)))
+        known = RTX_TARGETS if self.backend == "tensorrt_rtx" else None
+        bad = [t for t in targets if not (t in known if known else re.fullmatch(r"sm\d{2,3}", t))]
+        if bad or not targets:
+            raise BuildSpecError(
+                f"Target '{bad[0] if bad else ''}' is unknown to {self.backend}; "
+                f"choose from {', '.join(known or FP4_TARGETS)}."
+            )
+        object.__setattr__(self, "targets", targets)
+
+    @property
+    def folder_name(self) -> str:
+        """Folder of this engine below the checkpoint's folder, such as "sm120"."""
+        name = "+".join(self.targets)
+        return name if self.backend == "tensorrt_rtx" else f"{self.backend}-{name}"
