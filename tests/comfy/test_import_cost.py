@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from small_model_files import ROOT
+from pack_import import ROOT
 
 # torch is absent here: ComfyUI itself imports it before any node pack.
 HEAVY = ("modelopt", "tensorrt", "tensorrt_rtx", "onnx", "onnx_ir", "onnxruntime")

@@ -10,7 +10,7 @@ import json
 import os
 from typing import Any
 
-from small_model_files import ROOT
+from pack_import import ROOT
 
 GOLDEN = ROOT / "tests" / "golden" / "object_info.json"
 NODE_IDS = {

@@ -7,7 +7,7 @@ from urllib.parse import quote
 
 import pytest
 from comfy_server import PACK_FOLDER, ComfyClient
-from small_model_files import ROOT
+from pack_import import ROOT
 
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 

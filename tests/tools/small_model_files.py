@@ -6,7 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from pack_import import ROOT
+
 DATA = ROOT / "tests" / "data" / "small_flux"
 
 DIFFUSION_MODEL = "small_flux.safetensors"

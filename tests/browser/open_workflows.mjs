@@ -1,0 +1,76 @@
+// Open workflow files in the real ComfyUI frontend by drag and drop and report what it made of them.
+// usage: node open_workflows.mjs SERVER_URL SCREENSHOT_FOLDER WORKFLOW.json...
+// Prints one JSON object: file name -> { nodes, missing, flagged, dialogs, errors }.
+import chromium from '@sparticuz/chromium'
+import fs from 'node:fs'
+import path from 'node:path'
+import { chromium as playwright } from 'playwright-core'
+
+const [url, screenshots, ...files] = process.argv.slice(2)
+
+const browser = await playwright.launch({
+  executablePath: await chromium.executablePath(),
+  args: [...chromium.args, '--no-sandbox'],
+  headless: true
+})
+const page = await browser.newPage({ viewport: { width: 1600, height: 1000 } })
+let errors = []
+page.on('pageerror', (error) => errors.push(error.message))
+
+async function openFrontend() {
+  await page.goto(url, { waitUntil: 'domcontentloaded' })
+  await page.waitForFunction(
+    () => window.app?.graph && 'FluxFP4LoadEngine' in (window.LiteGraph?.registered_node_types ?? {}),
+    null,
+    { timeout: 90000 }
+  )
+}
+
+async function drop(text, name) {
+  const transfer = await page.evaluateHandle(
+    ([content, fileName]) => {
+      const data = new DataTransfer()
+      data.items.add(new File([content], fileName, { type: 'application/json' }))
+      return data
+    },
+    [text, name]
+  )
+  const canvas = await page.$('#graph-canvas')
+  for (const event of ['dragenter', 'dragover', 'drop']) {
+    await canvas.dispatchEvent(event, { dataTransfer: transfer })
+  }
+}
+
+async function state() {
+  return page.evaluate(() => {
+    const registered = LiteGraph.registered_node_types
+    const nodes = app.graph.nodes
+    return {
+      nodes: nodes.length,
+      missing: nodes.filter((node) => !(node.type in registered)).map((node) => node.type),
+      flagged: nodes.filter((node) => node.has_errors).map((node) => node.type),
+      dialogs: [...document.querySelectorAll('[role=dialog]')].map((d) => d.innerText)
+    }
+  })
+}
+
+const report = {}
+for (const file of files) {
+  const text = fs.readFileSync(file, 'utf8')
+  // A page of its own for each file: dialogs of one must not be counted for the next.
+  await openFrontend()
+  await page.evaluate(() => app.graph.clear())
+  errors = []
+  await drop(text, path.basename(file))
+  const expected = JSON.parse(text).nodes.length
+  await page
+    .waitForFunction((count) => app.graph.nodes.length === count, expected, { timeout: 20000 })
+    .catch((error) => errors.push(error.message))
+  // Warnings about missing nodes and models appear shortly after the graph.
+  await page.waitForTimeout(2500)
+  const name = path.basename(file, '.json')
+  report[name] = { ...(await state()), errors }
+  await page.screenshot({ path: path.join(screenshots, `${name}.png`) })
+}
+await browser.close()
+console.log(JSON.stringify(report))
