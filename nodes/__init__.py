@@ -4,9 +4,29 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .all_in_one import EngineFromCheckpoint
+from .build import BuildEngine
+from .calibration import CalibrationSamples
+from .export import ExportONNX
+from .inspect_checkpoint import Inspect
+from .load import LoadEngine
+from .paths import register_model_folder
+from .quantize import Quantize
+
 
 class FluxFP4Extension(ComfyExtension):
-    """Registers the node classes with ComfyUI."""
+    """Registers the model folder and the node classes with ComfyUI."""
+
+    async def on_load(self) -> None:
+        register_model_folder()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return []
+        return [
+            CalibrationSamples,
+            Quantize,
+            ExportONNX,
+            BuildEngine,
+            LoadEngine,
+            EngineFromCheckpoint,
+            Inspect,
+        ]

@@ -174,7 +174,7 @@ def wrap_model(model: Any) -> None:
 
 
 def control_residuals(model: Any) -> None:
-    residual = torch.full((1, 16, 128), 0.3)
+    residual = torch.randn(1, 16, 128, generator=torch.Generator().manual_seed(6))
 
     def with_control(apply: Callable[..., Tensor], args: dict[str, Any]) -> Tensor:
         control = {"input": [residual, None], "output": [None, residual]}
@@ -311,7 +311,10 @@ def attention_override(model: Any) -> None:
     options["optimized_attention_override"] = lambda function, *args, **kw: function(*args, **kw)
 
 
-REFUSED = {change.__name__: change for change in (attention_patch, attention_output_patch, attention_override)}
+REFUSED = {
+    change.__name__: change
+    for change in (attention_patch, attention_output_patch, attention_override)
+}
 
 
 @pytest.mark.parametrize("change", REFUSED.values(), ids=REFUSED.keys())
@@ -341,9 +344,7 @@ def test_zero_timestep_references_are_refused(engine: EnginePatcher) -> None:
 
 
 def test_wrong_weights_are_refused_by_name(engine: EnginePatcher) -> None:
-    weights = {
-        name: weight for name, weight in engine.model.diffusion_model.named_parameters()
-    }
+    weights = dict(engine.model.diffusion_model.named_parameters())
     weights.pop("img_in.bias")
     config = engine.model.model_config.unet_config
     with pytest.raises(CheckpointWeightsError, match=r"img_in\.bias") as error:

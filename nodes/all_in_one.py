@@ -1,0 +1,114 @@
+"""Node: FLUX checkpoint to MODEL, doing whatever is still missing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from comfy_api.latest import io, ui
+
+from ..quant.recipe import QuantizeOptions
+from . import paths
+from .build import MAX_BATCH, MAX_MEGAPIXELS, MAX_TEXT_TOKENS, TARGET, WORKERS, build_spec
+from .errors import CalibrationMissingError
+from .fingerprint import OutputLedger, file_state
+from .load import BACKEND, MODEL_OUTPUT
+from .quantize import FP8_ATTENTION, RECIPE
+from .schema import CATEGORY, Samples, description
+
+
+class EngineFromCheckpoint(io.ComfyNode):
+    """Makes a FLUX.1 checkpoint into a FP4 engine and loads it as MODEL. Quantizes, exports and
+    builds only what is missing or outdated, so later runs just load. Calibration samples are needed
+    once, for quantization."""
+
+    ledger = OutputLedger()
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FluxFP4EngineFromCheckpoint",
+            display_name="FLUX FP4 from Checkpoint",
+            category=CATEGORY,
+            description=description(EngineFromCheckpoint),
+            search_aliases=["fp4", "nvfp4", "tensorrt", "trt", "speed up flux", "unet loader"],
+            hidden=[io.Hidden.unique_id],
+            inputs=[
+                io.Combo.Input(
+                    "checkpoint",
+                    options=paths.source_checkpoints(),
+                    tooltip="FLUX.1 checkpoint in models/diffusion_models: bf16, fp16 or fp32 "
+                    "safetensors in BFL or ComfyUI layout.",
+                ),
+                RECIPE,
+                FP8_ATTENTION,
+                TARGET,
+                MAX_MEGAPIXELS,
+                MAX_BATCH,
+                MAX_TEXT_TOKENS,
+                BACKEND,
+                WORKERS,
+                Samples.Input(
+                    "samples",
+                    optional=True,
+                    tooltip="What 'FLUX Calibration Samples' made of your pictures. Needed for the "
+                    "first run; when connected, other samples quantize the checkpoint again.",
+                ),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip=MODEL_OUTPUT)],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, checkpoint: str | None, **_options: Any) -> tuple[Any, int]:
+        source = checkpoint and file_state(paths.source_checkpoint(checkpoint))
+        return source, cls.ledger.fingerprint(cls.hidden.unique_id)
+
+    @classmethod
+    def execute(
+        cls,
+        checkpoint: str,
+        recipe: str,
+        fp8_attention: bool,
+        target: str,
+        max_megapixels: float,
+        max_batch: int,
+        max_text_tokens: int,
+        backend: str,
+        workers: int,
+        samples: Any = None,
+    ) -> io.NodeOutput:
+        from . import reports, stages
+        from .progress import NodeProgress
+
+        options = QuantizeOptions(recipe=recipe, fp8_attention=fp8_attention)
+        spec = build_spec(target, max_megapixels, max_batch, max_text_tokens)
+        progress = NodeProgress(cls.hidden.unique_id)
+        quantized = _quantized(checkpoint, options, samples, progress)
+        stages.export(quantized, progress)
+        folder, _ = stages.build(quantized, spec, workers, progress)
+        model = stages.load(folder, backend)
+        cls.ledger.record(cls.hidden.unique_id, [quantized, folder / paths.MANIFEST])
+        text = reports.model_summary(paths.engine_name(folder), model)
+        progress.show(text)
+        return io.NodeOutput(model, ui=ui.PreviewText(text))
+
+
+def quantized_name(checkpoint: str, options: QuantizeOptions) -> str:
+    """Return the name under which this node keeps the quantized form of a checkpoint."""
+    # Sub-folders become part of the name: two fine-tunes may share a file name.
+    stem = checkpoint.removesuffix(".safetensors").replace("\\", "/").replace("/", "-")
+    return f"{stem}-{options.recipe}" + ("" if options.fp8_attention else "-bf16-attention")
+
+
+def _quantized(checkpoint: str, options: QuantizeOptions, samples: Any, progress: Any) -> Path:
+    from . import stages
+
+    source = paths.source_checkpoint(checkpoint)
+    name = quantized_name(checkpoint, options)
+    destination = paths.new_checkpoint(name)
+    digest = None if samples is None else samples.digest()
+    if stages.up_to_date_checkpoint(source, destination, options, digest) is None:
+        if samples is None:
+            raise CalibrationMissingError(checkpoint, name)
+        stages.quantize(source, destination, samples, options, progress)
+    return destination

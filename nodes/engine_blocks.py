@@ -1,0 +1,192 @@
+"""FLUX blocks whose attention and MLP run inside TensorRT plans, in the shape of ComfyUI's own.
+
+Only the modulation Linears stay PyTorch modules. Every other weight of ComfyUI's block is replaced
+by an `EngineWeight`: LoRA and merge nodes find its name and shape, and get a clear error when
+they touch it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import comfy.ops
+import torch
+from comfy.ldm.flux.layers import DoubleStreamBlock, Modulation, ModulationOut, SingleStreamBlock
+from torch import Tensor, nn
+
+from .errors import EngineWeightError, UnsupportedByEngineError
+from .rotary import RotaryTables
+
+
+class BlockEngine(Protocol):
+    """What a block needs of an engine."""
+
+    def run(self, block: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]: ...
+
+
+class EngineWeight(nn.Module):
+    """Stands where ComfyUI's block has a Linear or RMSNorm whose weights are inside the plan."""
+
+    def __init__(self, name: str, shapes: Mapping[str, torch.Size]) -> None:
+        super().__init__()
+        self.name = name
+        self.shapes = dict(shapes)
+
+    @property
+    def weight(self) -> Tensor:
+        # Not an AttributeError: `hasattr` and `getattr` with a default must not hide it.
+        raise EngineWeightError([f"{self.name}.weight"], "A node reads")
+
+    @property
+    def bias(self) -> Tensor | None:
+        if "bias" not in self.shapes:
+            return None
+        raise EngineWeightError([f"{self.name}.bias"], "A node reads")
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Tensor], prefix: str, keep_vars: bool
+    ) -> None:
+        for name, shape in self.shapes.items():
+            destination[prefix + name] = torch.empty(shape, device="meta")
+
+
+def replace_weights(block: nn.Module, name: str, keep: tuple[str, ...]) -> None:
+    """Put an `EngineWeight` in the place of every module of `block` that owns parameters.
+
+    Args:
+        block: A block of ComfyUI's, built on the meta device.
+        name: The block's name, for example ``double_blocks.0``.
+        keep: Children that stay as they are.
+    """
+    owners = [
+        (path, module)
+        for path, module in block.named_modules()
+        if path.split(".")[0] not in keep and list(module.parameters(recurse=False))
+    ]
+    for path, module in owners:
+        shapes = {key: p.shape for key, p in module.named_parameters(recurse=False)}
+        parent, _, leaf = path.rpartition(".")
+        setattr(block.get_submodule(parent), leaf, EngineWeight(f"{name}.{path}", shapes))
+
+
+class EngineDoubleBlock(DoubleStreamBlock):
+    """A double block: `img` and `txt` streams, joint attention, all inside one plan."""
+
+    def __init__(
+        self,
+        name: str,
+        engine: BlockEngine,
+        rotary: RotaryTables,
+        sizes: Mapping[str, Any],
+        weights: Mapping[str, Any],
+    ) -> None:
+        super().__init__(**sizes, device="meta", operations=comfy.ops.disable_weight_init)
+        replace_weights(self, name, keep=("img_mod", "txt_mod"))
+        self.img_mod = Modulation(sizes["hidden_size"], double=True, **weights)
+        self.txt_mod = Modulation(sizes["hidden_size"], double=True, **weights)
+        self.name, self.engine, self.rotary = name, engine, rotary
+
+    def forward(
+        self,
+        img: Tensor,
+        txt: Tensor,
+        vec: Tensor,
+        pe: Tensor,
+        attn_mask: Tensor | None = None,
+        modulation_dims_img: Any = None,
+        modulation_dims_txt: Any = None,
+        transformer_options: dict[str, Any] = {},  # noqa: B006 - ComfyUI's signature; only read
+    ) -> tuple[Tensor, Tensor]:
+        _refuse_attention_changes(self.name, attn_mask, transformer_options)
+        _refuse_modulation_dims(self.name, modulation_dims_img, modulation_dims_txt)
+        cos, sin = self.rotary(pe)
+        inputs = {"img": img, "txt": txt, "cos": cos, "sin": sin}
+        for stream, modulation in (("img", self.img_mod), ("txt", self.txt_mod)):
+            for index, part in enumerate(modulation(vec), start=1):
+                inputs |= _modulation_inputs(f"{stream}_mod{index}", part)
+        outputs = _run(self.engine, self.name, inputs)
+        return outputs["img_out"].to(img.dtype), _finite(outputs["txt_out"].to(txt.dtype))
+
+
+class EngineSingleBlock(SingleStreamBlock):
+    """A single block: text and image tokens in one stream, all inside one plan."""
+
+    def __init__(
+        self,
+        name: str,
+        engine: BlockEngine,
+        rotary: RotaryTables,
+        sizes: Mapping[str, Any],
+        weights: Mapping[str, Any],
+    ) -> None:
+        super().__init__(**sizes, device="meta", operations=comfy.ops.disable_weight_init)
+        replace_weights(self, name, keep=("modulation",))
+        self.modulation = Modulation(sizes["hidden_size"], double=False, **weights)
+        self.name, self.engine, self.rotary = name, engine, rotary
+
+    def forward(
+        self,
+        x: Tensor,
+        vec: Tensor,
+        pe: Tensor,
+        attn_mask: Tensor | None = None,
+        modulation_dims: Any = None,
+        transformer_options: dict[str, Any] = {},  # noqa: B006 - ComfyUI's signature; only read
+    ) -> Tensor:
+        _refuse_attention_changes(self.name, attn_mask, transformer_options)
+        _refuse_modulation_dims(self.name, modulation_dims)
+        cos, sin = self.rotary(pe)
+        part, _ = self.modulation(vec)
+        inputs = {"x": x, "cos": cos, "sin": sin, **_modulation_inputs("mod", part)}
+        outputs = _run(self.engine, self.name, inputs)
+        return _finite(outputs["x_out"].to(x.dtype))
+
+
+# A plan is one opaque call: tracing into it would only break torch.compile's graph halfway.
+@torch.compiler.disable
+def _run(engine: BlockEngine, block: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return engine.run(block, inputs)
+
+
+def _modulation_inputs(prefix: str, part: ModulationOut) -> dict[str, Tensor]:
+    return {
+        f"{prefix}_shift": part.shift,
+        f"{prefix}_scale": part.scale,
+        f"{prefix}_gate": part.gate,
+    }
+
+
+def _finite(x: Tensor) -> Tensor:
+    # fp16 overflows in FLUX's text stream; ComfyUI 0.30 clips it at the same two places.
+    if x.dtype != torch.float16:
+        return x
+    return torch.nan_to_num(x, nan=0.0, posinf=65504, neginf=-65504)
+
+
+def _refuse_attention_changes(
+    block: str, attn_mask: Tensor | None, transformer_options: Mapping[str, Any]
+) -> None:
+    if attn_mask is not None:
+        raise UnsupportedByEngineError(
+            "An attention mask", block, "Remove the node that masks attention (Redux strength)"
+        )
+    if "optimized_attention_override" in transformer_options:
+        raise UnsupportedByEngineError(
+            "A replaced attention function", block, "Remove the node that overrides attention"
+        )
+    patches = transformer_options.get("patches", {})
+    for kind in ("attn1_patch", "attn1_output_patch"):
+        if patches.get(kind):
+            raise UnsupportedByEngineError(
+                f"A patch of type '{kind}'", block, "Remove the node that patches attention"
+            )
+
+
+def _refuse_modulation_dims(block: str, *modulation_dims: Any) -> None:
+    if any(dims is not None for dims in modulation_dims):
+        raise UnsupportedByEngineError(
+            "The reference latent method 'index_timestep_zero'",
+            block,
+            "Choose 'offset', 'index' or 'uxo/uno' in 'Edit Model Reference Method'",
+        )

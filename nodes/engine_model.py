@@ -1,0 +1,171 @@
+"""The MODEL: ComfyUI's own Flux with engine-backed blocks.
+
+`Flux.forward_orig` stays ComfyUI's, so ControlNet residuals, block replacements, reference latents
+and wrappers work as on any FLUX. Embedders, modulation and the final layer are PyTorch modules in
+the dtype that ComfyUI chooses; the engine owns everything else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+import comfy.model_detection
+import comfy.model_management
+import comfy.ops
+import torch
+from torch import Tensor, nn
+
+from .engine_blocks import BlockEngine, EngineDoubleBlock, EngineSingleBlock
+from .errors import CheckpointWeightsError
+from .rotary import RotaryTables
+
+if TYPE_CHECKING:
+    from comfy.model_base import BaseModel
+
+STREAM_COPIES = 6
+"""Token tensors of hidden size alive at once outside of the engine: inputs and outputs of a block,
+their concatenation, and the copies that a ControlNet or a block replacement keeps."""
+
+
+class ModelEngine(BlockEngine, Protocol):
+    """What the MODEL needs of an engine."""
+
+    @property
+    def weight_bytes(self) -> int: ...
+    @property
+    def loaded(self) -> bool: ...
+    def activation_bytes(self, batch: int, img_tokens: int, txt_tokens: int) -> int: ...
+    def load(self, device: torch.device) -> None: ...
+    def unload(self) -> None: ...
+
+
+class SamplingMemory:
+    """Answers ``BaseModel.memory_required``: what sampling needs besides the weights.
+
+    ComfyUI's own estimate is for torch attention over the whole transformer. An engine allocates
+    the activations of one block, in a size it knows, and torch holds the token streams.
+    """
+
+    def __init__(self, engine: ModelEngine, unet_config: Mapping[str, Any], txt_tokens: int):
+        self.engine = engine
+        self.hidden_size = unet_config["hidden_size"]
+        self.patch_size = unet_config["patch_size"]
+        self.txt_tokens = txt_tokens
+
+    def __call__(
+        self, input_shape: list[int], cond_shapes: Mapping[str, list[Any]] | None = None
+    ) -> int:
+        """Return bytes for a latent ``[B, C, h, w]`` and the conditioning shapes ComfyUI knows."""
+        shapes = cond_shapes or {}
+        batch = input_shape[0]
+        img_tokens = math.prod(math.ceil(side / self.patch_size) for side in input_shape[2:])
+        references = [math.prod(shape[2:]) for shape in shapes.get("ref_latents", ())]
+        img_tokens += math.ceil(max(references, default=0) / self.patch_size**2)
+        contexts = [shape[1] for shape in shapes.get("c_crossattn", ())]
+        txt_tokens = max(contexts, default=self.txt_tokens)
+        tokens = batch * (img_tokens + txt_tokens)
+        # fp32 bounds every dtype that ComfyUI may compute in
+        streams = STREAM_COPIES * tokens * self.hidden_size * torch.float32.itemsize
+        return streams + self.engine.activation_bytes(batch, img_tokens, txt_tokens)
+
+
+def build_engine_model(
+    unet_config: Mapping[str, Any],
+    weights: dict[str, Tensor],
+    engine: ModelEngine,
+    checkpoint: str,
+    max_txt_tokens: int,
+    load_device: torch.device,
+) -> BaseModel:
+    """Return ComfyUI's model object for a FLUX whose blocks are in `engine`.
+
+    Args:
+        unet_config: The transformer's configuration in ComfyUI's names.
+        weights: Every weight outside of the block plans, in BFL's or ComfyUI's names.
+        engine: Runs the blocks.
+        checkpoint: Name of the quantized checkpoint, for error messages.
+        max_txt_tokens: Longest text the engine takes.
+        load_device: Where the model will sample.
+
+    Raises:
+        CheckpointWeightsError: `weights` are not exactly those that the model needs.
+    """
+    # The plans hold the blocks: with depth 0 ComfyUI allocates none of their weights.
+    config = comfy.model_detection.model_config_from_unet_config(
+        {**unet_config, "depth": 0, "depth_single_blocks": 0}
+    )
+    _choose_dtype(config, weights, load_device)
+    model = config.get_model({})
+    flux = model.diffusion_model
+    rotary = RotaryTables()
+    flux.double_blocks = nn.ModuleList(
+        EngineDoubleBlock(
+            f"double_blocks.{index}",
+            engine,
+            rotary,
+            _block_sizes(unet_config) | {"qkv_bias": unet_config["qkv_bias"]},
+            _weight_options(config),
+        )
+        for index in range(unet_config["depth"])
+    )
+    flux.single_blocks = nn.ModuleList(
+        EngineSingleBlock(
+            f"single_blocks.{index}",
+            engine,
+            rotary,
+            _block_sizes(unet_config),
+            _weight_options(config),
+        )
+        for index in range(unet_config["depth_single_blocks"])
+    )
+    for name in ("depth", "depth_single_blocks"):
+        setattr(flux.params, name, unet_config[name])
+        config.unet_config[name] = unet_config[name]
+    flux.requires_grad_(False).eval()
+    comfy.model_management.archive_model_dtypes(flux)
+    _load_weights(model, weights, checkpoint)
+    model.engine = engine
+    model.memory_required = SamplingMemory(engine, unet_config, max_txt_tokens)
+    return model
+
+
+def _choose_dtype(config: Any, weights: Mapping[str, Tensor], load_device: torch.device) -> None:
+    # The same three steps as comfy.sd.load_diffusion_model_state_dict (0.30), so that command line
+    # options such as --bf16-unet and machines without bf16 get what stock FLUX gets.
+    supported = list(config.supported_inference_dtypes)
+    dtype = comfy.model_management.unet_dtype(
+        device=load_device,
+        model_params=sum(weight.numel() for weight in weights.values()),
+        supported_dtypes=supported,
+        weight_dtype=_weight_dtype(weights),
+    )
+    manual_cast = comfy.model_management.unet_manual_cast(dtype, load_device, supported)
+    config.set_inference_dtype(dtype, manual_cast, device=load_device)
+    config.custom_operations = comfy.ops.pick_operations(dtype, manual_cast, load_device)
+
+
+def _weight_dtype(weights: Mapping[str, Tensor]) -> torch.dtype:
+    return max(weights.values(), key=Tensor.numel).dtype
+
+
+def _block_sizes(unet_config: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: unet_config[name] for name in ("hidden_size", "num_heads", "mlp_ratio")}
+
+
+def _weight_options(config: Any) -> dict[str, Any]:
+    return {
+        "dtype": config.unet_config["dtype"],
+        "device": None,
+        "operations": config.custom_operations,
+    }
+
+
+def _load_weights(model: BaseModel, weights: dict[str, Tensor], checkpoint: str) -> None:
+    expected = set(dict(model.diffusion_model.named_parameters()))
+    given = set(model.model_config.process_unet_state_dict(weights))
+    if expected != given:
+        raise CheckpointWeightsError(checkpoint, sorted(expected - given), sorted(given - expected))
+    # It empties the dict it gets and moves the values.
+    model.load_model_weights(dict(weights))

@@ -1,0 +1,114 @@
+"""ComfyUI's memory management for a model whose larger half lives inside an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import comfy.model_patcher
+import torch
+
+from .engine_blocks import EngineWeight
+from .errors import EngineModelError, EngineWeightError
+
+_NO_MERGE = "Merge the FLUX checkpoints and quantize the result with 'Quantize FLUX to FP4'"
+
+
+class EnginePatcher(comfy.model_patcher.ModelPatcher):
+    """Loads, offloads and frees engine and torch weights together.
+
+    The base class is the plain `ModelPatcher`, not the dynamic one: an engine's memory cannot
+    fault in page by page. Torch weights may be offloaded one by one as usual; the engine is loaded
+    as a whole and freed as a whole. Clones share ``self.model``, so the engine hangs there.
+    """
+
+    def engine_bytes(self) -> int:
+        """Bytes of weights inside the engine."""
+        return self.model.engine.weight_bytes
+
+    def model_size(self) -> int:
+        # ``size`` of the constructor would count the placeholders of the engine's weights.
+        torch_bytes = sum(weight.nbytes for weight in self.model.parameters())
+        return torch_bytes + self.engine_bytes()
+
+    def load(
+        self,
+        device_to: torch.device | None = None,
+        lowvram_model_memory: float = 0,
+        force_patch_weights: bool = False,
+        full_load: bool = False,
+    ) -> None:
+        self.model.engine.load(device_to or self.load_device)
+        super().load(
+            device_to,
+            lowvram_model_memory=max(0, lowvram_model_memory - self.engine_bytes()),
+            force_patch_weights=force_patch_weights,
+            full_load=full_load,
+        )
+        if not full_load:  # a full load has already stored model_size()
+            self.model.model_loaded_weight_memory += self.engine_bytes()
+
+    def detach(self, unpatch_all: bool = True) -> Any:
+        model = super().detach(unpatch_all)
+        # False means that a clone takes over the same loaded model.
+        if unpatch_all:
+            self.model.engine.unload()
+        return model
+
+    def add_patches(
+        self, patches: dict[Any, Any], strength_patch: float = 1.0, strength_model: float = 1.0
+    ) -> list[Any]:
+        self._refuse_engine_weights(patches, "This LoRA or weight patch changes")
+        return super().add_patches(patches, strength_patch, strength_model)
+
+    def add_hook_patches(
+        self,
+        hook: Any,
+        patches: dict[Any, Any],
+        strength_patch: float = 1.0,
+        strength_model: float = 1.0,
+    ) -> list[Any]:
+        self._refuse_engine_weights(patches, "This scheduled LoRA changes")
+        return super().add_hook_patches(hook, patches, strength_patch, strength_model)
+
+    def add_weight_wrapper(self, name: str, function: Any) -> None:
+        self._refuse_engine_weights([name], "A node wraps")
+        super().add_weight_wrapper(name, function)
+
+    def get_key_patches(self, filter_prefix: str | None = None) -> dict[str, list[Any]]:
+        # Merge nodes ask for a prefix and would silently merge the torch half only; weight hooks
+        # ask without one and look up nothing but the keys they patch.
+        if filter_prefix is not None:
+            raise EngineModelError("cannot be merged with another model", _NO_MERGE)
+        return {
+            key: [(self._unpatched(key, weight), _unchanged), *self.patches.get(key, [])]
+            for key, weight in self.model.named_parameters()
+        }
+
+    def state_dict_for_saving(self, *_args: Any, **_kwargs: Any) -> dict[str, Any]:
+        raise EngineModelError(
+            "cannot be saved as a checkpoint",
+            "Its quantized checkpoint is already in the model folder 'flux_fp4'",
+        )
+
+    def _unpatched(self, key: str, weight: torch.Tensor) -> torch.Tensor:
+        if key in self.hook_backup:
+            return self.hook_backup[key][0]
+        return self.backup[key].weight if key in self.backup else weight
+
+    def _refuse_engine_weights(self, patches: Iterable[Any], reason: str) -> None:
+        inside = {
+            f"diffusion_model.{weight.name}.{key}": f"{weight.name}.{key}"
+            for weight in self.model.modules()
+            if isinstance(weight, EngineWeight)
+            for key in weight.shapes
+        }
+        # A key with an offset into the weight comes as (key, offset, function).
+        keys = [patch if isinstance(patch, str) else patch[0] for patch in patches]
+        touched = sorted({inside[key] for key in keys if key in inside})
+        if touched:
+            raise EngineWeightError(touched, reason)
+
+
+def _unchanged(weight: torch.Tensor, **_kwargs: Any) -> torch.Tensor:
+    return weight

@@ -1,0 +1,55 @@
+"""Node: what a quantized checkpoint and its engines are, as text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io, ui
+
+from . import paths
+from .fingerprint import file_state
+from .schema import CATEGORY, description
+
+
+class Inspect(io.ComfyNode):
+    """Reports on a quantized checkpoint: recipe, sizes before and after, how well every Linear
+    survived quantization (SQNR, higher is better), and for each engine the FP4 kernels found in its
+    plans and the versions it was built with."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FluxFP4Inspect",
+            display_name="Inspect FLUX FP4",
+            category=CATEGORY,
+            description=description(Inspect),
+            search_aliases=["fp4", "nvfp4", "sqnr", "report", "quantization error", "info"],
+            is_output_node=True,
+            hidden=[io.Hidden.unique_id],
+            inputs=[
+                io.Combo.Input(
+                    "checkpoint",
+                    options=paths.quantized_checkpoints(),
+                    tooltip="Quantized checkpoint in models/flux_fp4; choose one, or connect "
+                    "'Quantize FLUX to FP4'.",
+                )
+            ],
+            outputs=[io.String.Output(display_name="report", tooltip="The report as plain text.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, checkpoint: str | None) -> Any:
+        if checkpoint is None:
+            return None
+        file = paths.quantized_checkpoint(checkpoint)
+        manifests = sorted(file.parent.glob(f"*/{paths.MANIFEST}"))
+        return [(path.parent.name, file_state(path)) for path in (file, *manifests)]
+
+    @classmethod
+    def execute(cls, checkpoint: str) -> io.NodeOutput:
+        from . import reports
+        from .progress import NodeProgress
+
+        text = reports.full_report(paths.quantized_checkpoint(checkpoint))
+        NodeProgress(cls.hidden.unique_id).show(text)
+        return io.NodeOutput(text, ui=ui.PreviewText(text))

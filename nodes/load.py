@@ -1,0 +1,66 @@
+"""Node: engine to MODEL."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io, ui
+
+from . import paths
+from .fingerprint import file_state
+from .schema import CATEGORY, description
+
+BACKENDS = ("auto", "tensorrt_rtx", "tensorrt", "reference")
+
+BACKEND = io.Combo.Input(
+    "backend",
+    options=list(BACKENDS),
+    default="auto",
+    tooltip="What runs the blocks. auto takes the library the engine was built for, and the slow "
+    "CPU reference where no GPU can run it; the log says why.",
+)
+MODEL_OUTPUT = "MODEL for any sampler. Works with ControlNet, references and block patches."
+
+
+class LoadEngine(io.ComfyNode):
+    """Loads a FLUX FP4 engine as MODEL. Engines are executable code: load only those that were
+    built on this machine."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FluxFP4LoadEngine",
+            display_name="Load FLUX FP4 Engine",
+            category=CATEGORY,
+            description=description(LoadEngine),
+            search_aliases=["fp4", "nvfp4", "tensorrt", "trt", "rtx", "unet loader", "load flux"],
+            hidden=[io.Hidden.unique_id],
+            inputs=[
+                io.Combo.Input(
+                    "engine",
+                    options=paths.engines(),
+                    tooltip="Engine in models/flux_fp4, newest first; choose one, or connect "
+                    "'Build TensorRT Engine'.",
+                ),
+                BACKEND,
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip=MODEL_OUTPUT)],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, engine: str | None, **_options: Any) -> Any:
+        if engine is None:
+            return None
+        folder = paths.engine_folder(engine)
+        files = (folder / paths.MANIFEST, paths.engine_checkpoint(folder))
+        return [file_state(file) for file in files]
+
+    @classmethod
+    def execute(cls, engine: str, backend: str) -> io.NodeOutput:
+        from . import reports, stages
+        from .progress import NodeProgress
+
+        model = stages.load(paths.engine_folder(engine), backend)
+        text = reports.model_summary(engine, model)
+        NodeProgress(cls.hidden.unique_id).show(text)
+        return io.NodeOutput(model, ui=ui.PreviewText(text))

@@ -1,0 +1,158 @@
+"""Where the pack's files live, and which names from a workflow may become paths.
+
+    models/flux_fp4/<name>/<name>.safetensors       quantized checkpoint
+    models/flux_fp4/<name>/double_blocks.0.onnx     its ONNX export
+    models/flux_fp4/<name>/<target>/manifest.json   an engine, named "<name>/<target>"
+
+A link can carry any string, so every name is checked here before it touches the disk: one plain
+folder name per level, below a registered model folder. Symbolic links that a user put there are
+followed, as ComfyUI's own loaders do; a workflow cannot create any.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import folder_paths
+
+from .errors import ArtifactNameError, ArtifactNotFoundError, SourceCheckpointError
+
+MODEL_FOLDER = "flux_fp4"
+MANIFEST = "manifest.json"
+
+_MAX_NAME = 100
+# Windows refuses these characters and device names; a pack folder may be shared between systems.
+_FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f]')
+_DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+
+
+def register_model_folder() -> None:
+    """Add ``models/flux_fp4`` to ComfyUI's model folders and those of extra_model_paths.yaml."""
+    default = os.path.join(folder_paths.models_dir, MODEL_FOLDER)
+    folder_paths.add_model_folder_path(MODEL_FOLDER, default)
+    # A new key starts with an empty extension set, which ComfyUI 0.30 reads as "every file".
+    paths, _ = folder_paths.folder_names_and_paths[MODEL_FOLDER]
+    folder_paths.folder_names_and_paths[MODEL_FOLDER] = (paths, {".safetensors"})
+
+
+def source_checkpoints() -> list[str]:
+    """List the safetensors files of ComfyUI's `diffusion_models` folders."""
+    names = folder_paths.get_filename_list("diffusion_models")
+    return [name for name in names if name.endswith(".safetensors")]
+
+
+def source_checkpoint(name: str) -> Path:
+    """Return the path of a file listed by `source_checkpoints`."""
+    path = folder_paths.get_full_path("diffusion_models", name)
+    if path is None or name not in source_checkpoints():
+        raise SourceCheckpointError(name)
+    return Path(path)
+
+
+def quantized_checkpoints() -> list[str]:
+    """List the names of all quantized checkpoints."""
+    return sorted({folder.name for folder in _checkpoint_folders()})
+
+
+def exported_checkpoints() -> list[str]:
+    """List the names of quantized checkpoints with an ONNX export beside them."""
+    folders = _checkpoint_folders()
+    return sorted({folder.name for folder in folders if any(folder.glob("*_blocks.0.onnx"))})
+
+
+def engines() -> list[str]:
+    """List the names of all engines, newest first."""
+    found = {
+        f"{folder.name}/{manifest.parent.name}": manifest.stat().st_mtime
+        for folder in _checkpoint_folders()
+        for manifest in folder.glob(f"*/{MANIFEST}")
+    }
+    return sorted(found, key=lambda name: (-found[name], name))
+
+
+def quantized_checkpoint(name: str) -> Path:
+    """Return the file of an existing quantized checkpoint.
+
+    Raises:
+        ArtifactNotFoundError: There is none of that name, or the name is not a plain one.
+    """
+    for root in _roots():
+        if name_fault(name) is None and _holds_checkpoint(root / name):
+            return root / name / f"{name}.safetensors"
+    raise ArtifactNotFoundError(
+        "quantized checkpoint", name, "Make it with 'Quantize FLUX to FP4' or choose another one."
+    )
+
+
+def new_checkpoint(name: str) -> Path:
+    """Return the file that a quantized checkpoint of that name has or will have.
+
+    Raises:
+        ArtifactNameError: The name is not a plain folder name.
+    """
+    fault = name_fault(name)
+    if fault is not None:
+        raise ArtifactNameError(name, fault)
+    for root in _roots():
+        if _holds_checkpoint(root / name):
+            return root / name / f"{name}.safetensors"
+    return _roots()[0] / name / f"{name}.safetensors"
+
+
+def engine_folder(name: str) -> Path:
+    """Return the folder of an existing engine ``<checkpoint>/<target>``.
+
+    Raises:
+        ArtifactNotFoundError: There is none of that name, or the name is not a plain one.
+    """
+    checkpoint, _, target = name.partition("/")
+    for root in _roots():
+        folder = root / checkpoint / target
+        named = name_fault(checkpoint) is None and name_fault(target) is None
+        if named and (folder / MANIFEST).is_file():
+            return folder
+    raise ArtifactNotFoundError(
+        "engine", name, "Make it with 'Build TensorRT Engine' or choose another one."
+    )
+
+
+def engine_checkpoint(engine: Path) -> Path:
+    """Return the quantized checkpoint that an engine folder belongs to."""
+    return engine.parent / f"{engine.parent.name}.safetensors"
+
+
+def engine_name(engine: Path) -> str:
+    """Return the name under which `engines` lists a folder."""
+    return f"{engine.parent.name}/{engine.name}"
+
+
+def name_fault(name: str) -> str | None:
+    """Say why `name` cannot be a folder name on every system, or None if it can."""
+    if not name or name != name.strip() or name.endswith("."):
+        return "it is empty, or starts or ends with a space or a dot"
+    if name.startswith("."):
+        return "it starts with a dot, which hides the folder"
+    if len(name.encode()) > _MAX_NAME:
+        return f"it has {len(name.encode())} bytes, the limit is {_MAX_NAME}"
+    if (found := _FORBIDDEN.search(name)) is not None:
+        return f"{found[0]!r} is not allowed in it"
+    if _DEVICES.fullmatch(name):
+        return "Windows reserves it for a device"
+    return None
+
+
+def _roots() -> list[Path]:
+    return [Path(path) for path in folder_paths.get_folder_paths(MODEL_FOLDER)]
+
+
+def _checkpoint_folders() -> Iterator[Path]:
+    for root in _roots():
+        if root.is_dir():
+            yield from (folder for folder in root.iterdir() if _holds_checkpoint(folder))
+
+
+def _holds_checkpoint(folder: Path) -> bool:
+    return (folder / f"{folder.name}.safetensors").is_file()

@@ -1,0 +1,32 @@
+"""Progress bar, phase text and cancel of a running node."""
+
+from __future__ import annotations
+
+import comfy.model_management
+import comfy.utils
+from server import PromptServer
+
+
+class NodeProgress:
+    """Shows a stage's progress on its node; raises ComfyUI's interrupt when the user cancels.
+
+    An instance is the ``progress(phase, done, total)`` callback of the layers below. The node id
+    is explicit, because a callback may come from a thread that ComfyUI's context does not reach.
+    """
+
+    def __init__(self, node_id: str) -> None:
+        self.node_id = node_id
+        self._phase = ""
+        self._bar = comfy.utils.ProgressBar(1, node_id=node_id)
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        # The bar only looks at the interrupt when it sends something, which it does rarely.
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        if phase != self._phase:
+            self._phase = phase
+            self.show(phase)
+        self._bar.update_absolute(done, max(total, 1))
+
+    def show(self, text: str) -> None:
+        """Write text on the node; it stays there when the node has finished."""
+        PromptServer.instance.send_progress_text(text, self.node_id)

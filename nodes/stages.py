@@ -1,0 +1,131 @@
+"""The four stages as the nodes run them: skip what is up to date, otherwise call down."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import comfy.model_management
+
+from . import paths
+from .errors import EngineOutdatedError
+
+if TYPE_CHECKING:
+    from ..quant.calibration import CalibrationSet
+    from ..quant.quantized_checkpoint import QuantizedCheckpoint
+    from ..quant.recipe import QuantizeOptions
+    from ..trt_runtime.manifest import EngineManifest
+    from ..trt_runtime.spec import BuildSpec
+    from .engine_patcher import EnginePatcher
+    from .progress import NodeProgress
+
+QUANTIZE_BYTES = 3 * 2**30
+"""GPU memory that quantization of FLUX.1-dev wants: one double block in bf16 (0.7 GB), its copies
+while scales are searched, and the activations of a few dozen samples."""
+
+
+def up_to_date_checkpoint(
+    source: Path, destination: Path, options: QuantizeOptions, calibration: str | None
+) -> QuantizedCheckpoint | None:
+    """Return the quantized checkpoint at `destination` if quantizing again would change nothing.
+
+    Args:
+        source: The FLUX checkpoint.
+        destination: The quantized checkpoint, which may not exist.
+        options: How it should be quantized.
+        calibration: Digest of the samples; None accepts any samples.
+    """
+    from ..quant.quantize import file_digest
+    from ..quant.quantized_checkpoint import QuantizedCheckpoint
+
+    if not destination.is_file():
+        return None
+    checkpoint = QuantizedCheckpoint.read(destination)
+    digest = checkpoint.metadata.calibration_digest if calibration is None else calibration
+    status = source.stat()
+    if not checkpoint.was_made_from(source.name, status.st_size, options, digest):
+        return None
+    # Name and size of two fine-tunes can be equal, and hashing 24 GB takes seconds to minutes: only
+    # a source that was written or renamed after the result is read again.
+    touched_ns = max(status.st_mtime_ns, status.st_ctime_ns)
+    if touched_ns > destination.stat().st_mtime_ns:
+        return checkpoint if file_digest(source) == checkpoint.metadata.source_digest else None
+    return checkpoint
+
+
+def quantize(
+    source: Path,
+    destination: Path,
+    calibration: CalibrationSet,
+    options: QuantizeOptions,
+    progress: NodeProgress,
+) -> QuantizedCheckpoint:
+    """Quantize `source` to `destination`, on the GPU if there is one."""
+    from ..quant.quantize import quantize_checkpoint
+
+    device = comfy.model_management.get_torch_device()
+    comfy.model_management.free_memory(QUANTIZE_BYTES, device)
+    return quantize_checkpoint(source, destination, calibration, options, progress, str(device))
+
+
+def export(checkpoint: Path, progress: NodeProgress) -> tuple[Path, ...]:
+    """Write or refresh the ONNX files beside a quantized checkpoint."""
+    from ..quant.onnx_export import export_blocks
+
+    return export_blocks(checkpoint, progress)
+
+
+def build(
+    checkpoint: Path, spec: BuildSpec, workers: int, progress: NodeProgress
+) -> tuple[Path, EngineManifest]:
+    """Build what is missing of an engine; return its folder and manifest."""
+    from ..trt_runtime.builder import build_engine
+
+    manifest = build_engine(checkpoint.parent, spec, progress, workers)
+    return checkpoint.parent / spec.folder_name, manifest
+
+
+def load(engine: Path, backend: str) -> EnginePatcher:
+    """Open an engine as MODEL.
+
+    Raises:
+        EngineOutdatedError: The checkpoint beside it was quantized again after the build.
+    """
+    patcher = load_engine_model(str(engine), backend)
+    # ComfyUI's multi-GPU nodes load the model a second time through this.
+    patcher.cached_patcher_init = (load_engine_model, (str(engine), backend))
+    return patcher
+
+
+def load_engine_model(
+    engine_folder: str, backend: str, disable_dynamic: bool = False
+) -> EnginePatcher:
+    """Return a fresh patcher over an engine folder.
+
+    Args:
+        engine_folder: Folder with the manifest.
+        backend: ``auto`` or the name of a backend.
+        disable_dynamic: Part of ComfyUI's factory signature; an engine is never dynamic.
+    """
+    from ..quant.quantized_checkpoint import QuantizedCheckpoint
+    from ..trt_runtime.engine import Engine
+    from .engine_model import build_engine_model
+    from .engine_patcher import EnginePatcher
+
+    del disable_dynamic
+    folder = Path(engine_folder)
+    checkpoint = QuantizedCheckpoint.read(paths.engine_checkpoint(folder))
+    engine = Engine.open(folder, backend)
+    if engine.manifest.checkpoint_digest != checkpoint.metadata.content_digest:
+        raise EngineOutdatedError(paths.engine_name(folder), checkpoint.name)
+    load_device = comfy.model_management.get_torch_device()
+    offload_device = comfy.model_management.unet_offload_device()
+    model = build_engine_model(
+        checkpoint.metadata.config.unet_config(),
+        checkpoint.high_precision_state_dict(),
+        engine,
+        checkpoint.name,
+        engine.manifest.profile.max_txt_tokens,
+        load_device,
+    )
+    return EnginePatcher(model.to(offload_device), load_device, offload_device)
