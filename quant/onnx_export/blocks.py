@@ -72,10 +72,8 @@ class _Author:
         cos, sin = self._rotary_inputs()
         shift, scale, gate = self._modulation_inputs(SINGLE_MODULATION)
         hidden = self._linear("linear1", self._modulate(x, shift, scale), ("B", "S", dim))
-        columns = self.graph.integers(2)
-        qkv_size, zero = self.graph.integers(3 * dim), self.graph.integers(0)
-        qkv = op("Slice", hidden, zero, qkv_size, columns)
-        mlp = op("Slice", hidden, qkv_size, self.graph.integers(_TO_END), columns)
+        sizes = self.graph.integers(3 * dim, self.config.mlp_size)
+        qkv, mlp = self.graph.node("Split", (hidden, sizes), 2, axis=2)
         q, k, v = self._split_heads(qkv, "norm")
         attn = self._attention(q, k, v, cos, sin)
         hidden = op("Concat", attn, op("Gelu", mlp, approximate="tanh"), axis=2)
@@ -122,17 +120,11 @@ class _Author:
     def _split_heads(self, qkv: ir.Value, norm: str) -> list[ir.Value]:
         op = self.graph.op
         heads = self.graph.integers(0, 0, self.config.num_heads, self.head_dim)
-        parts = []
-        for index in range(3):
-            start, end = index * self.dim, (index + 1) * self.dim
-            part = op(
-                "Slice",
-                qkv,
-                self.graph.integers(start),
-                self.graph.integers(end),
-                self.graph.integers(2),
-            )
-            parts.append(op("Transpose", op("Reshape", part, heads), perm=[0, 2, 1, 3]))
+        # Split, not Slice: TensorRT-RTX 1.7 moves slices into the weight and loses the FP4 GEMM
+        parts = [
+            op("Transpose", op("Reshape", part, heads), perm=[0, 2, 1, 3])
+            for part in self.graph.node("Split", (qkv,), 3, axis=2, num_outputs=3)
+        ]
         for index, which in enumerate(("query_norm", "key_norm")):
             weight = self.graph.stored(f"{norm}.{which}.scale")
             parts[index] = op(

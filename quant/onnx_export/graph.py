@@ -60,15 +60,15 @@ class BlockGraph:
         **attributes: int | float | str | list[int],
     ) -> ir.Value:
         """Add a node with one output and return that; the node names its output."""
-        return self.node(op_type, inputs, 1, name, "", **attributes)[0]
+        return self.node(op_type, inputs, 1, name, **attributes)[0]
 
     def node(
         self,
         op_type: str,
         inputs: tuple[ir.Value, ...],
         outputs: int,
-        name: str | None,
-        domain: str,
+        name: str | None = None,
+        domain: str = "",
         **attributes: int | float | str | list[int],
     ) -> tuple[ir.Value, ...]:
         """Add a node and return its outputs."""
@@ -165,9 +165,11 @@ def nvfp4_linear(
 ) -> ir.Value:
     """Emit one NVFP4 Linear without its bias.
 
-    NVIDIA's published form (ModelOpt 0.47 ``nvfp4_exporter.py``): two DequantizeLinear on the
-    weight, ``TRT_FP4DynamicQuantize`` and two DequantizeLinear on the input, both cast to the
-    high-precision type after dequantizing in fp32. TensorRT-RTX 1.7 makes one FP4 GEMM of it.
+    Two DequantizeLinear on the weight, ``TRT_FP4DynamicQuantize`` and two DequantizeLinear on the
+    input, as in ModelOpt 0.47's ``nvfp4_exporter.py`` but for one thing: the scales are cast to
+    the high-precision type *before* they dequantize. Cast after it, as ModelOpt does, TensorRT-RTX
+    1.7.1 moves the split into q, k and v through the cast into the weight and runs qkv as a bf16
+    GEMM over a dequantized weight.
 
     Args:
         graph: The block's graph.
@@ -191,6 +193,8 @@ def nvfp4_linear(
     scale.dtype = ir.DataType.FLOAT8E4M3FN
     scale.shape = ir.Shape((*shape[:-1], int(shape[-1]) // NVFP4_BLOCK))
     scale = graph.op("DequantizeLinear", scale, input_scale, name=f"{linear}/DQ_input_scale")
+    to = int(graph.high_precision)
+    scale = graph.op("Cast", scale, name=f"{linear}/Cast_input_scale", to=to)
     dequantized = graph.op("DequantizeLinear", codes, scale, name=f"{linear}/DQ_input", **block)
     block_scale = graph.op(
         "DequantizeLinear",
@@ -198,6 +202,7 @@ def nvfp4_linear(
         graph.stored(f"{linear}.weight_scale_2"),
         name=f"{linear}/DQ_weight_scale",
     )
+    block_scale = graph.op("Cast", block_scale, name=f"{linear}/Cast_weight_scale", to=to)
     weight = graph.op(
         "DequantizeLinear",
         graph.stored(f"{linear}.weight"),
@@ -205,8 +210,5 @@ def nvfp4_linear(
         name=f"{linear}/DQ_weight",
         **block,
     )
-    to = int(graph.high_precision)
-    dequantized = graph.op("Cast", dequantized, name=f"{linear}/Cast_input", to=to)
-    weight = graph.op("Cast", weight, name=f"{linear}/Cast_weight", to=to)
     weight = graph.op("Transpose", weight, name=f"{linear}/Transpose", perm=[1, 0])
     return graph.op("MatMul", dequantized, weight, name=f"{linear}/MatMul")
