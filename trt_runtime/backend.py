@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
+from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
 
 PACKAGES = {"tensorrt_rtx": "tensorrt-rtx>=1.7", "tensorrt": "tensorrt>=11"}
 REFERENCE = "reference"
+KEPT_ERRORS = 8
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,40 @@ class Backend:
     def label(self) -> str:
         """Library and version for messages."""
         return f"{self.name} {self.version}"
+
+
+class RuntimeLog:
+    """The one logger of a library in this process.
+
+    TensorRT keeps the first logger for as long as any of its objects lives and ignores others, so
+    all engines share it.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self._errors: deque[str] = deque(maxlen=KEPT_ERRORS)
+        log = self
+        interface: Any = backend.module.ILogger
+        levels = {
+            int(interface.INTERNAL_ERROR): logging.ERROR,
+            int(interface.ERROR): logging.ERROR,
+            int(interface.WARNING): logging.WARNING,
+        }
+
+        class ForwardingLogger(interface):
+            def log(self, severity: Any, message: str) -> None:
+                level = levels.get(int(severity), logging.DEBUG)
+                logger.log(level, "%s: %s", backend.name, message)
+                if level == logging.ERROR:
+                    log._errors.append(message)
+
+        self.interface: Any = ForwardingLogger()
+        """What TensorRT's constructors take."""
+
+    def take_errors(self) -> list[str]:
+        """Return the errors since the last call."""
+        errors = list(self._errors)
+        self._errors.clear()
+        return errors
 
 
 @dataclass(frozen=True)
@@ -87,6 +126,12 @@ def load_backend(name: str) -> Backend:
         chooses_targets=hasattr(module.IBuilderConfig, "set_compute_capability"),
         has_runtime_cache=hasattr(module, "IRuntimeCache"),
     )
+
+
+@functools.cache
+def runtime_log(backend: Backend) -> RuntimeLog:
+    """Return the process's logger for a library."""
+    return RuntimeLog(backend)
 
 
 def network_flags(backend: Backend) -> int:

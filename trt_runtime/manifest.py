@@ -21,7 +21,7 @@ from .errors import (
     PlanTruncatedError,
 )
 from .signature import BLOCK_NAME, TensorSpec, block_names
-from .spec import ShapeProfile
+from .spec import BuildSpec, ShapeProfile
 from .store import write_atomic
 
 MANIFEST = "manifest.json"
@@ -94,6 +94,11 @@ class EngineManifest(_Strict):
     def expected_blocks(self) -> tuple[str, ...]:
         """Names of all blocks in the order they run."""
         return block_names(self.depth, self.depth_single_blocks)
+
+    @property
+    def spec(self) -> BuildSpec:
+        """What the engine was built for."""
+        return BuildSpec(self.backend, self.targets, self.profile)
 
     @property
     def plan_bytes(self) -> int:
