@@ -8,9 +8,7 @@ keeps its name and a high-precision dtype.
 
 from __future__ import annotations
 
-import json
 import math
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +21,9 @@ from torch import Tensor
 from .errors import QuantizedCheckpointError
 from .flux.config import FluxConfig, block_linears
 from .recipe import QuantizeOptions
+from .safetensors_header import StoredTensor, read_header
 
 METADATA_KEY = "flux_fp4"
-FORMAT_VERSION = 1
 
 
 class LinearReport(BaseModel):
@@ -78,7 +76,7 @@ class QuantizedMetadata(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[1] = 1
     variant: str
     config: FluxConfig
     recipe: str
@@ -92,16 +90,6 @@ class QuantizedMetadata(BaseModel):
     content_digest: str
     linears: tuple[LinearReport, ...]
     blocks: tuple[BlockReport, ...]
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor's place in the file: dtype code, shape, and absolute byte range."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    length: int
 
 
 @dataclass(frozen=True)
@@ -126,18 +114,11 @@ class QuantizedCheckpoint:
             QuantizedCheckpointError: Not a safetensors file, not ours, or incomplete.
         """
         try:
-            with safe_open(path, framework="pt"):
-                pass  # safetensors checks sizes, offsets and the length of the file
+            header = read_header(path)
         except (SafetensorError, OSError) as error:
             raise QuantizedCheckpointError(path.name, f"it cannot be read ({error})") from error
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-        metadata = _parsed_metadata(path.name, header.pop("__metadata__", {}))
-        tensors = {
-            name: _stored_tensor(entry, data_start=8 + length) for name, entry in header.items()
-        }
-        checkpoint = cls(path, metadata, tensors)
+        metadata = _parsed_metadata(path.name, header.metadata)
+        checkpoint = cls(path, metadata, header.tensors)
         checkpoint._check_complete()
         return checkpoint
 
@@ -222,12 +203,6 @@ def _parsed_metadata(name: str, metadata: Mapping[str, str]) -> QuantizedMetadat
         where = ".".join(str(part) for part in first["loc"])
         reason = f"its header is not of this version ({where}: {first['msg']})"
         raise QuantizedCheckpointError(name, reason) from error
-
-
-def _stored_tensor(entry: Mapping[str, object], data_start: int) -> StoredTensor:
-    begin, end = entry["data_offsets"]  # type: ignore[misc]
-    shape: tuple[int, ...] = tuple(entry["shape"])  # type: ignore[arg-type]
-    return StoredTensor(str(entry["dtype"]), shape, data_start + begin, end - begin)
 
 
 def finite_or_limit(db: float) -> float:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from torch import Tensor
 from .errors import UnknownCheckpointError, UnsupportedWeightError
 from .flux.config import FluxConfig, config_from_shapes
 from .flux.model import Flux
+from .safetensors_header import read_header
 
 _PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")
 """BFL's files have none; ComfyUI's saved checkpoints and all-in-one files have the others."""
@@ -50,15 +49,19 @@ class SourceCheckpoint:
             UnsupportedWeightError: A tensor is stored in a type that cannot be quantized.
         """
         self.path = path
-        header = _read_header(path)
-        self._prefix = _find_prefix(path.name, header)
+        try:
+            header = read_header(path)
+        except SafetensorError as error:
+            reason = f"it cannot be read as safetensors ({error})"
+            raise UnknownCheckpointError(path.name, reason) from error
+        self._prefix = _find_prefix(path.name, header.tensors)
         tensors = {
-            name.removeprefix(self._prefix): entry
-            for name, entry in header.items()
+            name.removeprefix(self._prefix): place
+            for name, place in header.tensors.items()
             if name.startswith(self._prefix)
         }
-        self.shapes = {name: tuple(entry["shape"]) for name, entry in tensors.items()}
-        self.dtypes = {name: str(entry["dtype"]) for name, entry in tensors.items()}
+        self.shapes = {name: place.shape for name, place in tensors.items()}
+        self.dtypes = {name: place.dtype for name, place in tensors.items()}
         self.config = _checked_config(path.name, self.shapes)
         for name, dtype in self.dtypes.items():
             if dtype not in _DTYPES:
@@ -83,20 +86,6 @@ class SourceCheckpoint:
         start = f"{prefix}."
         names = {name[len(start) :]: name for name in self.shapes if name.startswith(start)}
         return self.tensors(names, device)
-
-
-def _read_header(path: Path) -> dict[str, dict[str, object]]:
-    try:
-        with safe_open(path, framework="pt"):
-            pass  # safetensors checks the header: sizes, offsets, overlaps
-    except SafetensorError as error:
-        reason = f"it cannot be read as safetensors ({error})"
-        raise UnknownCheckpointError(path.name, reason) from error
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    return dict(header)
 
 
 def _find_prefix(name: str, header: Mapping[str, object]) -> str:

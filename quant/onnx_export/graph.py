@@ -7,7 +7,8 @@ import numpy as np
 import onnx_ir as ir
 
 from ..nvfp4 import NVFP4_BLOCK
-from ..quantized_checkpoint import QuantizedCheckpoint, StoredTensor
+from ..quantized_checkpoint import QuantizedCheckpoint
+from ..safetensors_header import StoredTensor
 
 OPSET = 23
 """First opset with FLOAT4E2M1 blocks in DequantizeLinear, RMSNormalization, RotaryEmbedding."""
@@ -60,7 +61,7 @@ class BlockGraph:
         **attributes: int | float | str | list[int],
     ) -> ir.Value:
         """Add a node with one output and return that; the node names its output."""
-        return self.node(op_type, inputs, 1, name, **attributes)[0]
+        return self.node(op_type, inputs, 1, name, "", **attributes)[0]
 
     def node(
         self,
@@ -149,7 +150,7 @@ class BlockGraph:
     def _constant(self, name: str, value: np.ndarray) -> ir.Value:
         if name not in self._initializers:
             tensor = ir.tensor(value, name=name)
-            self._initializers[name] = ir.val(name, tensor.dtype, tensor.shape, const_value=tensor)
+            self._initializers[name] = ir.val(name, tensor.dtype, value.shape, const_value=tensor)
         return self._initializers[name]
 
 
