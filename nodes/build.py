@@ -27,6 +27,10 @@ TARGETS = {
 TOKENS_PER_MEGAPIXEL = 4096
 """1024 x 1024 pixels in FLUX's 16 x 16 pixel patches."""
 
+MIN_TOKENS = 16
+"""Of image (64 x 64 pixels) and of text. TensorRT-RTX 1.7 fuses FP8 attention only for profiles
+that start at 32 tokens in all or more, and that reach to about one megapixel."""
+
 TARGET = io.Combo.Input(
     "target",
     options=list(TARGETS),
@@ -39,7 +43,7 @@ MAX_MEGAPIXELS = io.Float.Input(
     "max_megapixels",
     display_name="max megapixels",
     default=2.0,
-    min=0.1,
+    min=1.0,
     max=16.0,
     step=0.1,
     tooltip="Largest picture, in units of 1024 x 1024 pixels. Reference pictures (Kontext) count "
@@ -145,8 +149,7 @@ def build_spec(
 ) -> BuildSpec:
     """Return what to build for the widgets' values.
 
-    Kernels are tuned for one megapixel and 512 text tokens, FLUX's usual sizes, or for the limit
-    where it is lower. The smallest sizes cost nothing, so one token is allowed.
+    Kernels are tuned for one megapixel and 512 text tokens, FLUX's usual sizes.
     """
     from ..trt_runtime.spec import BuildSpec, ShapeProfile
 
@@ -154,10 +157,10 @@ def build_spec(
     img_tokens = math.ceil(max_megapixels * TOKENS_PER_MEGAPIXEL)
     profile = ShapeProfile(
         max_batch=max_batch,
-        min_img_tokens=1,
-        opt_img_tokens=min(TOKENS_PER_MEGAPIXEL, img_tokens),
+        min_img_tokens=MIN_TOKENS,
+        opt_img_tokens=TOKENS_PER_MEGAPIXEL,
         max_img_tokens=img_tokens,
-        min_txt_tokens=1,
+        min_txt_tokens=MIN_TOKENS,
         opt_txt_tokens=min(512, max_text_tokens),
         max_txt_tokens=max_text_tokens,
     )

@@ -106,7 +106,7 @@ class EngineDoubleBlock(DoubleStreamBlock):
             for index, part in enumerate(modulation(vec), start=1):
                 inputs |= _modulation_inputs(f"{stream}_mod{index}", part)
         outputs = _run(self.engine, self.name, inputs)
-        return outputs["img_out"].to(img.dtype), _finite(outputs["txt_out"].to(txt.dtype))
+        return outputs["img_out"], _finite(outputs["txt_out"])
 
 
 class EngineSingleBlock(SingleStreamBlock):
@@ -140,7 +140,7 @@ class EngineSingleBlock(SingleStreamBlock):
         part, _ = self.modulation(vec)
         inputs = {"x": x, "cos": cos, "sin": sin, **_modulation_inputs("mod", part)}
         outputs = _run(self.engine, self.name, inputs)
-        return _finite(outputs["x_out"].to(x.dtype))
+        return _finite(outputs["x_out"])
 
 
 # A plan is one opaque call: tracing into it would only break torch.compile's graph halfway.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io, ui
@@ -31,7 +32,7 @@ class Inspect(io.ComfyNode):
                     "checkpoint",
                     options=paths.quantized_checkpoints(),
                     tooltip="Quantized checkpoint in models/flux_fp4; choose one, or connect "
-                    "'Quantize FLUX to FP4'.",
+                    "'Build TensorRT Engine' to report after the build.",
                 )
             ],
             outputs=[io.String.Output(display_name="report", tooltip="The report as plain text.")],
@@ -41,7 +42,7 @@ class Inspect(io.ComfyNode):
     def fingerprint_inputs(cls, checkpoint: str | None) -> Any:
         if checkpoint is None:
             return None
-        file = paths.quantized_checkpoint(checkpoint)
+        file = _checkpoint_file(checkpoint)
         manifests = sorted(file.parent.glob(f"*/{paths.MANIFEST}"))
         return [(path.parent.name, file_state(path)) for path in (file, *manifests)]
 
@@ -50,6 +51,11 @@ class Inspect(io.ComfyNode):
         from . import reports
         from .progress import NodeProgress
 
-        text = reports.full_report(paths.quantized_checkpoint(checkpoint))
+        text = reports.full_report(_checkpoint_file(checkpoint))
         NodeProgress(cls.hidden.unique_id).show(text)
         return io.NodeOutput(text, ui=ui.PreviewText(text))
+
+
+def _checkpoint_file(name: str) -> Path:
+    # 'Build TensorRT Engine' hands over "<checkpoint>/<target>".
+    return paths.quantized_checkpoint(name.partition("/")[0])
