@@ -55,6 +55,9 @@ class CalibrationSamples(io.ComfyNode):
                     default=0,
                     min=0,
                     max=2**32 - 1,
+                    # The frontend would otherwise randomize an input of this name after each run,
+                    # and every run would quantize again.
+                    control_after_generate=False,
                     tooltip="Seed of the noise that is mixed into the pictures.",
                 ),
             ],
