@@ -26,7 +26,7 @@ from .manifest import (
 from .plan import SETTINGS_VERSION, BuildJob, BuiltPlan
 from .progress import Progress
 from .signature import BlockSignature, read_block_folder
-from .spec import FP4_TARGETS, BuildSpec, ShapeProfile
+from .spec import FP4_TARGETS, FP8_ATTENTION_MIN_TOKENS, BuildSpec, ShapeProfile
 from .store import locked, remove_temporaries
 from .worker_process import build_plans
 
@@ -56,6 +56,7 @@ def build_engine(
     backend = load_backend(spec.backend)
     signatures = read_block_folder(folder)
     _check_targets(backend, spec, signatures)
+    _check_fp8_minimum(spec, signatures)
     engine_dir = folder / spec.folder_name
     engine_dir.mkdir(exist_ok=True)
     total = len(signatures)
@@ -116,6 +117,16 @@ def _check_targets(backend: Backend, spec: BuildSpec, signatures: Sequence[Block
             )
     if not backend.chooses_targets:
         _check_own_gpu(spec, probe_gpu())
+
+
+def _check_fp8_minimum(spec: BuildSpec, signatures: Sequence[BlockSignature]) -> None:
+    minimum = spec.profile.range("S").minimum
+    if minimum < FP8_ATTENTION_MIN_TOKENS and any(s.fp8_attention for s in signatures):
+        raise BuildSpecError(
+            f"The profile starts at {minimum} image and text tokens; FP8 attention needs at least "
+            f"{FP8_ATTENTION_MIN_TOKENS} (an image of 96x96 pixels has 36). Raise the minimum, or "
+            "quantize without FP8 attention."
+        )
 
 
 def _check_own_gpu(spec: BuildSpec, gpu: Gpu) -> None:

@@ -78,7 +78,7 @@ class RuntimeCache:
             return "it is not a cache of this version"
         try:
             fields = json.loads(header)
-        except ValueError:
+        except (ValueError, RecursionError):
             return "its header is damaged"
         if not isinstance(fields, dict) or fields.get("digest") != digest_of_bytes(blob):
             return "it is damaged"

@@ -169,7 +169,7 @@ class _Properties:
 
     def number(self, key: str) -> int:
         value = self.text(key)
-        if not re.fullmatch(r"\d{1,6}", value):
+        if not re.fullmatch(r"\d{1,4}", value):
             raise BlockContractError(self.path, f"metadata 'flux_fp4.{key}' is not a number")
         return int(value)
 
@@ -182,7 +182,7 @@ class _Properties:
     def names(self, key: str) -> tuple[str, ...]:
         try:
             value = json.loads(self.text(key))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BlockContractError(self.path, f"metadata 'flux_fp4.{key}' is not JSON") from error
         if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
             raise BlockContractError(self.path, f"metadata 'flux_fp4.{key}' is not a list of names")

@@ -17,6 +17,11 @@ RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 """Members of tensorrt_rtx.ComputeCapability in 1.7."""
 
 
+FP8_ATTENTION_MIN_TOKENS = 32
+"""TensorRT-RTX 1.7 fuses FP8 attention only if the profile's minimum of image and text tokens
+together is at least this; below, it silently builds three kernels with the scores in memory."""
+
+
 @dataclass(frozen=True)
 class TokenRange:
     """Allowed number of tokens on one axis; it both checks and describes itself."""

@@ -38,7 +38,7 @@ class BuildWorker:
     def __init__(self, events: Events) -> None:
         self.job: BuildJob | None = None
         # a file, not a pipe: nobody has to drain it, and it survives the process
-        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
+        self._log: IO[bytes] = tempfile.TemporaryFile("a+b")  # noqa: SIM115
         self._process = subprocess.Popen(
             worker_command(),
             stdin=subprocess.PIPE,

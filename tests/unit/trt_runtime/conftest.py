@@ -1,0 +1,34 @@
+"""Blocks and one built engine for the runtime's tests; tests that change files work on a copy."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from flux_fp4.tests.unit.trt_runtime.block_graph import write_blocks
+from flux_fp4.tests.unit.trt_runtime.small_spec import SMALL_SPEC, silent
+from flux_fp4.trt_runtime.builder import build_engine
+
+
+@pytest.fixture(scope="session")
+def built_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder with two blocks and a finished engine; not to be changed."""
+    folder = write_blocks(tmp_path_factory.mktemp("models") / "tiny")
+    build_engine(folder, SMALL_SPEC, silent)
+    return folder
+
+
+@pytest.fixture
+def engine_copy(built_folder: Path, tmp_path: Path) -> Path:
+    """The folder of a finished engine that the test may change; its ONNX files are in the parent."""
+    folder = tmp_path / "tiny"
+    shutil.copytree(built_folder, folder)
+    return folder / SMALL_SPEC.folder_name
+
+
+@pytest.fixture
+def blocks(tmp_path: Path) -> Callable[..., Path]:
+    """Write block files into a new folder."""
+    return lambda **options: write_blocks(tmp_path / "tiny", **options)

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from flux_fp4.trt_runtime.errors import DiskFullError
+from flux_fp4.trt_runtime.store import locked, remove_temporaries, write_atomic
+
+STORE = Path(__file__).parents[3] / "trt_runtime" / "store.py"
+
+HANGING_WRITER = """
+import importlib.util, os, pathlib, sys, time
+root = pathlib.Path(sys.argv[1])
+spec = importlib.util.spec_from_file_location("p", root / "__init__.py", submodule_search_locations=[str(root)])
+module = importlib.util.module_from_spec(spec); sys.modules["p"] = module; spec.loader.exec_module(module)
+store = importlib.import_module("p.store")
+def hang(_):
+    print("written", flush=True)
+    time.sleep(60)
+os.fsync = hang
+store.write_atomic(pathlib.Path(sys.argv[2]), b"x" * 1000)
+"""
+
+
+def test_write_replaces_the_whole_content(tmp_path: Path) -> None:
+    path = tmp_path / "a.plan"
+    write_atomic(path, b"first, and longer")
+    write_atomic(path, memoryview(b"second"))
+    assert path.read_bytes() == b"second"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.plan"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_full_disk_is_told_and_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    path = tmp_path / "a.plan"
+    path.write_bytes(b"old")
+
+    def full(descriptor: int) -> None:
+        # delayed allocation: file systems may report the full disk only here
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DiskFullError) as caught:
+        write_atomic(path, b"12345")
+    assert (caught.value.path, caught.value.needed_bytes) == (path, 5)
+    assert caught.value.free_bytes > 0
+    assert "needs 5 bytes" in str(caught.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.plan"]
+    assert path.read_bytes() == b"old"
+
+
+def test_other_errors_pass_and_leave_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(source: Path, destination: Path) -> None:
+        raise PermissionError(errno.EACCES, "denied")
+
+    monkeypatch.setattr(os, "replace", denied)
+    with pytest.raises(PermissionError):
+        write_atomic(tmp_path / "a.plan", b"x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_killed_writer_leaves_only_a_temporary_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.plan"
+    command = [sys.executable, "-c", HANGING_WRITER, str(STORE.parent), str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "written\n"
+        process.send_signal(signal.SIGTERM if os.name == "nt" else signal.SIGKILL)
+    (temporary,) = tmp_path.iterdir()
+    assert temporary.suffix == ".tmp"
+    other = tmp_path / ".notes.tmp"
+    other.write_text("mine")
+    remove_temporaries(tmp_path)
+    assert list(tmp_path.iterdir()) == [other]
+
+
+def test_lock_makes_the_second_wait_and_report(tmp_path: Path) -> None:
+    waits, order = [], []
+
+    def second() -> None:
+        with locked(tmp_path, lambda: waits.append(time.monotonic())):
+            order.append("second")
+
+    thread = threading.Thread(target=second)
+    with locked(tmp_path, lambda: None):
+        thread.start()
+        time.sleep(0.5)
+        order.append("first")
+    thread.join(5)
+    assert order == ["first", "second"]
+    assert len(waits) >= 2
+
+
+def test_waiting_for_the_lock_can_be_cancelled(tmp_path: Path) -> None:
+    class Cancelled(BaseException):
+        pass
+
+    def cancel() -> None:
+        raise Cancelled
+
+    with locked(tmp_path, lambda: None), pytest.raises(Cancelled), locked(tmp_path, cancel):
+        pass
+    with locked(tmp_path, cancel):
+        pass

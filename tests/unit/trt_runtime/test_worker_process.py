@@ -1,0 +1,240 @@
+"""Cancel, crash and kill during real builds."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from flux_fp4.tests.unit.trt_runtime.small_spec import SMALL_SPEC, silent
+from flux_fp4.tests.unit.trt_runtime.test_builder import Recorder, plan_times
+from flux_fp4.trt_runtime import worker_process
+from flux_fp4.trt_runtime.builder import build_engine
+from flux_fp4.trt_runtime.digest import digest_of_file
+from flux_fp4.trt_runtime.errors import DiskFullError, ManifestMissingError, WorkerDiedError
+from flux_fp4.trt_runtime.manifest import load_manifest, read_manifest_file
+from flux_fp4.trt_runtime.worker_process import BuildWorker, exit_cause
+
+ROOT = Path(__file__).parents[3]
+
+posix = pytest.mark.skipif(os.name == "nt", reason="Requires: POSIX signals")
+
+PARENT = """
+import importlib.util, pathlib, sys
+root = pathlib.Path(sys.argv[1])
+spec = importlib.util.spec_from_file_location("flux_fp4", root / "__init__.py", submodule_search_locations=[str(root)])
+module = importlib.util.module_from_spec(spec); sys.modules["flux_fp4"] = module; spec.loader.exec_module(module)
+from flux_fp4.trt_runtime import worker_process
+from flux_fp4.trt_runtime.builder import build_engine
+from flux_fp4.tests.unit.trt_runtime.small_spec import SMALL_SPEC
+start = worker_process.BuildWorker.__init__
+def announced(self, events):
+    start(self, events)
+    print("worker", self.pid, flush=True)
+worker_process.BuildWorker.__init__ = announced
+build_engine(pathlib.Path(sys.argv[2]), SMALL_SPEC, lambda *call: print(*call, flush=True))
+"""
+
+
+class Cancelled(BaseException):
+    """Like ComfyUI's interrupt, which is not an Exception."""
+
+
+@pytest.fixture
+def workers(monkeypatch: pytest.MonkeyPatch) -> list[BuildWorker]:
+    """Collect the workers that the test starts."""
+    started: list[BuildWorker] = []
+    original = BuildWorker.__init__
+
+    def recorded(self: BuildWorker, events: worker_process.Events) -> None:
+        original(self, events)
+        started.append(self)
+
+    monkeypatch.setattr(BuildWorker, "__init__", recorded)
+    return started
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process runs; a zombie that nobody reaps does not."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.02)
+    return condition()
+
+
+def assert_resumes(folder: Path, finished: list[str], total: int) -> None:
+    """Check that what is stored is whole, and that the next build makes only the rest."""
+    engine_dir = folder / "sm120"
+    kept = {}
+    if finished:
+        entries = read_manifest_file(engine_dir / "build.json").blocks
+        assert [entry.block for entry in entries] == finished
+        kept = {entry.file: entry.digest for entry in entries}
+    for name, digest in kept.items():
+        assert digest_of_file(engine_dir / name) == digest
+    with pytest.raises(ManifestMissingError):
+        load_manifest(engine_dir)
+    times = plan_times(engine_dir)
+    progress = Recorder()
+    manifest = build_engine(folder, SMALL_SPEC, progress)
+    assert len(progress.built()) == total - len(finished)
+    assert not set(progress.built()) & set(finished)
+    after = plan_times(engine_dir)
+    assert all(after[name] == times[name] for name in kept)
+    assert len(manifest.blocks) == total
+    assert not [p for p in engine_dir.iterdir() if p.suffix == ".tmp" or p.name == "build.json"]
+
+
+@posix
+def test_killed_worker_is_reported_and_the_build_resumes(
+    blocks: Callable[..., Path], workers: list[BuildWorker]
+) -> None:
+    folder = blocks(depth=1, depth_single=2)
+
+    def kill_in_second_block(phase: str, done: int, total: int) -> None:
+        if not workers:
+            return
+        if "building single_blocks.0" in workers[0]._log_tail():
+            os.kill(workers[0].pid, signal.SIGKILL)
+
+    with pytest.raises(WorkerDiedError) as caught:
+        build_engine(folder, SMALL_SPEC, kill_in_second_block)
+    error = caught.value
+    assert error.block == "single_blocks.0"
+    assert "SIGKILL" in error.cause
+    assert "out of memory" in error.cause
+    assert "building single_blocks.0" in error.log_tail
+    assert_resumes(folder, ["double_blocks.0"], 3)
+
+
+@posix
+def test_crash_of_native_code_is_reported_with_its_signal(
+    blocks: Callable[..., Path], workers: list[BuildWorker]
+) -> None:
+    def crash(phase: str, done: int, total: int) -> None:
+        if phase.startswith("Building") and "building" in " ".join(workers[0]._log_tail()):
+            os.kill(workers[0].pid, signal.SIGSEGV)
+
+    with pytest.raises(WorkerDiedError, match="SIGSEGV") as caught:
+        build_engine(blocks(depth=0), SMALL_SPEC, crash)
+    assert any("Segmentation fault" in line or "File" in line for line in caught.value.log_tail)
+
+
+@posix
+def test_cancel_kills_the_worker_within_a_second(
+    blocks: Callable[..., Path], workers: list[BuildWorker]
+) -> None:
+    folder = blocks(depth=1, depth_single=1)
+    cancelled_at = []
+
+    def cancel(phase: str, done: int, total: int) -> None:
+        if phase == "Building single_blocks.0":
+            cancelled_at.append(time.monotonic())
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        build_engine(folder, SMALL_SPEC, cancel)
+    assert time.monotonic() - cancelled_at[0] < 1
+    assert not is_running(workers[0].pid)
+    assert_resumes(folder, ["double_blocks.0"], 2)
+
+
+@posix
+def test_killed_parent_takes_its_worker_along_and_the_build_resumes(
+    blocks: Callable[..., Path],
+) -> None:
+    folder = blocks(depth=1, depth_single=3)
+    command = [sys.executable, "-c", PARENT, str(ROOT), str(folder)]
+    built, worker = [], 0
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        for line in parent.stdout:
+            words = line.split()
+            if words[0] == "worker":
+                worker = int(words[1])
+            if words[0] == "Built":
+                built.append(words[1])
+            if words[:2] == ["Building", "single_blocks.1"]:
+                assert is_running(worker)
+                parent.kill()
+                break
+    assert wait_until(lambda: not is_running(worker), 5), "the worker outlived its parent"
+    assert built == ["double_blocks.0", "single_blocks.0"]
+    assert_resumes(folder, built, 4)
+
+
+@posix
+def test_full_disk_in_the_worker_is_told_and_loses_nothing(
+    blocks: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = blocks(depth=1, depth_single=1)
+    command = worker_process.worker_command()
+    # the single block's plan fits into 2.9 MB, the double block's does not; ulimit counts 512 bytes
+    limited = ["sh", "-c", 'ulimit -f 5800; exec "$0" "$@"', *command]
+    monkeypatch.setattr(worker_process, "worker_command", lambda: limited)
+    engine_dir = folder / "sm120"
+    engine_dir.mkdir()
+    (engine_dir / "notes.txt").write_text("mine")
+    with pytest.raises(DiskFullError) as caught:
+        build_engine(folder, SMALL_SPEC, silent)
+    assert caught.value.path.name.startswith("double_blocks.0-")
+    assert caught.value.needed_bytes > 2_900_000
+    assert {p.name for p in engine_dir.iterdir()} == {"build.lock", "notes.txt"}
+    monkeypatch.undo()
+    assert_resumes(folder, [], 2)
+    assert (engine_dir / "notes.txt").read_text() == "mine"
+
+
+def test_broken_worker_script_is_reported(
+    blocks: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = [sys.executable, "-c", "raise SystemExit('no such module')"]
+    monkeypatch.setattr(worker_process, "worker_command", lambda: command)
+    with pytest.raises(WorkerDiedError, match="no such module") as caught:
+        build_engine(blocks(depth=0), SMALL_SPEC, silent)
+    assert caught.value.cause == "exit code 1"
+
+
+def test_worker_imports_neither_torch_nor_comfyui(
+    blocks: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = (
+        "import runpy, sys\n"
+        "class Refuse:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('torch', 'comfy', 'onnx', 'onnxruntime', 'flux_fp4'):\n"
+        "            raise RuntimeError('imported ' + name)\n"
+        "sys.meta_path.insert(0, Refuse())\n"
+        f"runpy.run_path({str(worker_process.WORKER_SCRIPT)!r}, run_name='__main__')\n"
+    )
+    command = [sys.executable, "-c", source]
+    monkeypatch.setattr(worker_process, "worker_command", lambda: command)
+    assert len(build_engine(blocks(depth=0), SMALL_SPEC, silent).blocks) == 1
+
+
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        (1, "exit code 1"),
+        (0xC0000005, "exit code 0xc0000005"),
+        (-9, "signal 9 SIGKILL, most likely out of memory"),
+        (-11, "signal 11 SIGSEGV"),
+    ],
+)
+def test_exit_codes_in_words(code: int, text: str) -> None:
+    assert exit_cause(code) == text
