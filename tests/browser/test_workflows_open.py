@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from comfy_server import ComfyClient
+from api_workflow import ApiWorkflow, api_from_ui
+from comfy_server import ComfyClient, ComfyServer
 from pack_import import ROOT
 
 HERE = Path(__file__).resolve().parent
@@ -17,9 +19,51 @@ WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 SCREENSHOTS = ROOT / "output" / "browser"
 CONTROL = "unknown_node"
 
+# Where the frontend looks for the files that the widgets of saved workflows name.
+PLACES = {
+    ("DualCLIPLoader", "clip_name1"): "models/text_encoders/{}",
+    ("DualCLIPLoader", "clip_name2"): "models/text_encoders/{}",
+    ("FluxFP4LoadEngine", "engine"): "models/flux_fp4/{}/manifest.json",
+    ("FluxFP4Quantize", "checkpoint"): "models/diffusion_models/{}",
+    ("LoadImage", "image"): "input/{}",
+    ("VAELoader", "vae_name"): "models/vae/{}",
+}
+
 
 @pytest.fixture(scope="module")
-def report(client: ComfyClient, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def named_files(server: ComfyServer, object_info: dict[str, Any]) -> Iterator[None]:
+    """Put an empty file wherever a workflow names one: a user has them, and only names count."""
+    created = {
+        server.base / place
+        for path in WORKFLOWS
+        for place in file_places(api_from_ui(json.loads(path.read_text()), object_info))
+    }
+    for path in created:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    yield
+    for path in created:
+        path.unlink()
+
+
+def file_places(workflow: ApiWorkflow) -> Iterator[str]:
+    """Yield the files that the widgets of a workflow name, relative to the base folder."""
+    for node in workflow.values():
+        for name, value in node["inputs"].items():
+            place = PLACES.get((node["class_type"], name))
+            if place is None or not isinstance(value, str):
+                continue
+            yield place.format(value)
+            if node["class_type"] == "FluxFP4LoadEngine":
+                # an engine is listed only when its checkpoint is there
+                checkpoint = value.partition("/")[0]
+                yield f"models/flux_fp4/{checkpoint}/{checkpoint}.safetensors"
+
+
+@pytest.fixture(scope="module")
+def report(
+    client: ComfyClient, named_files: None, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
     """What the frontend made of every workflow, and of one with a node that does not exist."""
     if not (shutil.which("node") and shutil.which("npm")):
         pytest.skip("Requires: node and npm")

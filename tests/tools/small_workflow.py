@@ -17,6 +17,7 @@ QUANTIZED_NAME = "small_flux-nvfp4"
 
 # node type -> inputs that must name the small model's files or fit its size
 _CHANGES: dict[str, dict[str, object]] = {
+    "CLIPTextEncode": {"text": "a handwritten digit five"},
     "EmptySD3LatentImage": {"width": PICTURE_SIZE, "height": PICTURE_SIZE, "batch_size": 1},
     "FluxFP4EngineFromCheckpoint": {"checkpoint": DIFFUSION_MODEL},
     "FluxFP4Quantize": {"checkpoint": DIFFUSION_MODEL, "name": QUANTIZED_NAME},
@@ -39,7 +40,7 @@ def write_calibration_pictures(input_folder: Path) -> None:
 
 
 def for_small_model(workflow: ApiWorkflow) -> ApiWorkflow:
-    """Return a copy that loads the small model's files and works at its size.
+    """Return a copy that loads the small model's files and works at its size and on its subject.
 
     FLUX's two text encoders become the one that the small model was trained with: T5-XXL has no
     small form that ComfyUI would detect.
