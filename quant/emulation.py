@@ -15,8 +15,9 @@ from .nvfp4 import E4M3_MAX, NVFP4Weight, fake_quantize_activation
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
-SOFTMAX_SCALE = 1.0 / E4M3_MAX
-"""Step of the FP8 softmax output: its values end at 1."""
+SOFTMAX_SCALE = 2.0**-8
+"""Step of the FP8 softmax output: the smallest power of two, exact in every type, with which
+E4M3's 448 reaches the softmax's largest value 1."""
 
 
 class EmulatedLinear(nn.Module):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from ..emulation import SOFTMAX_SCALE, attention_root_scale
+from ..emulation import SOFTMAX_SCALE
 from ..flux.config import FluxConfig
 from ..flux.layers import LAYER_NORM_EPS, RMS_NORM_EPS
 from ..quantized_checkpoint import QuantizedCheckpoint
@@ -138,9 +138,8 @@ class _Author:
         op = self.graph.op
         # explicit MatMul-Softmax-MatMul with all four tensors quantized is the one form that
         # TensorRT-RTX 1.7 fuses into an FP8 kernel; unquantized it fuses as well
-        root = self.graph.constant("attention_root_scale", attention_root_scale(self.head_dim))
-        q = self._quantized(op("Mul", self._rotated(q, cos, sin), root), "q")
-        k = self._quantized(op("Mul", self._rotated(k, cos, sin), root), "k")
+        q = self._quantized(self._rotated(q, cos, sin), "q")
+        k = self._quantized(self._rotated(k, cos, sin), "k")
         v = self._quantized(v, "v")
         transposed = op("Transpose", k, perm=[0, 1, 3, 2])
         scores = op("MatMul", q, transposed, name="attention/QK")
@@ -154,6 +153,7 @@ class _Author:
         # fp32 as in ComfyUI: bf16 holds the angles of far positions to two digits only
         rotated = op("Cast", x, to=int(ir.DataType.FLOAT))
         rotated = op("RotaryEmbedding", rotated, cos, sin, interleaved=1)
+        rotated = op("Mul", rotated, self.graph.attention_root_scale(self.head_dim))
         return op("Cast", rotated, to=int(self.graph.high_precision))
 
     def _quantized(self, x: ir.Value, part: str | None) -> ir.Value:
