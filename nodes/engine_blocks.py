@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-import comfy.ops
 import torch
 from comfy.ldm.flux.layers import DoubleStreamBlock, Modulation, ModulationOut, SingleStreamBlock
 from torch import Tensor, nn
 
 from .errors import EngineWeightError, UnsupportedByEngineError
 from .rotary import RotaryTables
+
+# ComfyUI's own Linear has no parameters before its weights are loaded when DynamicVRAM is on (0.30,
+# ``comfy.ops``), and names and shapes are all that is wanted of these.
+_PARAMETERS_AT_ONCE = nn
 
 
 class BlockEngine(Protocol):
@@ -81,7 +84,7 @@ class EngineDoubleBlock(DoubleStreamBlock):
         sizes: Mapping[str, Any],
         weights: Mapping[str, Any],
     ) -> None:
-        super().__init__(**sizes, device="meta", operations=comfy.ops.disable_weight_init)
+        super().__init__(**sizes, device="meta", operations=_PARAMETERS_AT_ONCE)
         replace_weights(self, name, keep=("img_mod", "txt_mod"))
         self.img_mod = Modulation(sizes["hidden_size"], double=True, **weights)
         self.txt_mod = Modulation(sizes["hidden_size"], double=True, **weights)
@@ -120,7 +123,7 @@ class EngineSingleBlock(SingleStreamBlock):
         sizes: Mapping[str, Any],
         weights: Mapping[str, Any],
     ) -> None:
-        super().__init__(**sizes, device="meta", operations=comfy.ops.disable_weight_init)
+        super().__init__(**sizes, device="meta", operations=_PARAMETERS_AT_ONCE)
         replace_weights(self, name, keep=("modulation",))
         self.modulation = Modulation(sizes["hidden_size"], double=False, **weights)
         self.name, self.engine, self.rotary = name, engine, rotary

@@ -123,9 +123,9 @@ def build_engine_model(
     for name in ("depth", "depth_single_blocks"):
         setattr(flux.params, name, unet_config[name])
         config.unet_config[name] = unet_config[name]
+    _load_weights(model, weights, checkpoint)
     flux.requires_grad_(False).eval()
     comfy.model_management.archive_model_dtypes(flux)
-    _load_weights(model, weights, checkpoint)
     model.engine = engine
     model.memory_required = SamplingMemory(engine, unet_config, max_txt_tokens)
     return model
@@ -163,9 +163,11 @@ def _weight_options(config: Any) -> dict[str, Any]:
 
 
 def _load_weights(model: BaseModel, weights: dict[str, Tensor], checkpoint: str) -> None:
-    expected = set(dict(model.diffusion_model.named_parameters()))
-    given = set(model.model_config.process_unet_state_dict(weights))
-    if expected != given:
-        raise CheckpointWeightsError(checkpoint, sorted(expected - given), sorted(given - expected))
-    # It empties the dict it gets and moves the values.
-    model.load_model_weights(dict(weights))
+    # With DynamicVRAM on, ComfyUI's Linear takes over the dtype it is given (0.30, ``comfy.ops``).
+    dtype = model.get_dtype()
+    named = model.model_config.process_unet_state_dict(weights)
+    missing, unexpected = model.diffusion_model.load_state_dict(
+        {name: weight.to(dtype) for name, weight in named.items()}, strict=False
+    )
+    if missing or unexpected:
+        raise CheckpointWeightsError(checkpoint, missing, unexpected)

@@ -18,6 +18,7 @@ import_comfyui()
 
 import comfy.hooks  # noqa: E402
 import comfy.lora  # noqa: E402
+import comfy.memory_management  # noqa: E402
 import comfy.model_management as mm  # noqa: E402
 import comfy.sample  # noqa: E402
 import comfy.samplers  # noqa: E402
@@ -42,7 +43,7 @@ def stock_flux() -> Any:
     return comfy.sd.load_diffusion_model(str(DATA / DIFFUSION_MODEL))
 
 
-def engine_flux() -> EnginePatcher:
+def engine_flux(dynamic_vram: bool = False) -> EnginePatcher:
     stock = stock_flux().model
     flux, config = stock.diffusion_model, stock.model_config
     blocks = {f"double_blocks.{i}": block for i, block in enumerate(flux.double_blocks)}
@@ -54,7 +55,10 @@ def engine_flux() -> EnginePatcher:
         or any(part in name for part in ("img_mod.", "txt_mod.", "modulation."))
     }
     unet_config = {key: value for key, value in config.unet_config.items() if key != "dtype"}
-    model = build_engine_model(unet_config, weights, TorchEngine(blocks), "small", 77, CPU)
+    # ComfyUI's modules are built in another way while DynamicVRAM is on, the default on NVIDIA GPUs
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comfy.memory_management, "aimdo_enabled", dynamic_vram)
+        model = build_engine_model(unet_config, weights, TorchEngine(blocks), "small", 77, CPU)
     return EnginePatcher(model, CPU, CPU)
 
 
@@ -63,9 +67,9 @@ def stock() -> Any:
     return stock_flux()
 
 
-@pytest.fixture
-def engine() -> Any:
-    patcher = engine_flux()
+@pytest.fixture(params=[False, True], ids=["plain", "dynamic VRAM"])
+def engine(request: pytest.FixtureRequest) -> Any:
+    patcher = engine_flux(dynamic_vram=request.param)
     yield patcher
     mm.unload_all_models()
 
@@ -350,6 +354,10 @@ def test_wrong_weights_are_refused_by_name(engine: EnginePatcher) -> None:
     with pytest.raises(CheckpointWeightsError, match=r"img_in\.bias") as error:
         build_engine_model(config, weights, engine.model.engine, "small", 77, CPU)
     assert error.value.missing == ["img_in.bias"]
+    weights["img_in.bias"] = torch.zeros(128)
+    weights["img_in.lora"] = torch.zeros(1)
+    with pytest.raises(CheckpointWeightsError, match=r"img_in\.lora"):
+        build_engine_model(config, weights, engine.model.engine, "small", 77, CPU)
 
 
 # Memory management sees the truth, and frees it.
