@@ -74,6 +74,8 @@ def report(
     control = tmp_path_factory.mktemp("browser") / f"{CONTROL}.json"
     control.write_text(json.dumps(workflow))
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    # otherwise the first start opens the template browser over the graph
+    client.post("/settings", {"Comfy.TutorialCompleted": True})
     command = ["node", "open_workflows.mjs", client.url, str(SCREENSHOTS)]
     command += [str(path) for path in (*WORKFLOWS, control)]
     done = subprocess.run(
