@@ -6,7 +6,7 @@ Each must give its own clear error, deserialize nothing and delete nothing.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ Edit = Callable[[dict[str, Any]], None]
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_executed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def nothing_is_executed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail when TensorRT or ONNX Runtime is given anything."""
     import onnxruntime
 
@@ -31,7 +31,6 @@ def nothing_is_executed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(load_backend("tensorrt_rtx").module, "Runtime", opened)
     monkeypatch.setattr(onnxruntime, "InferenceSession", opened)
-    yield
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -22,7 +22,7 @@ def built_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def engine_copy(built_folder: Path, tmp_path: Path) -> Path:
-    """The folder of a finished engine that the test may change; its ONNX files are in the parent."""
+    """A finished engine that the test may change; its ONNX files are in the parent folder."""
     folder = tmp_path / "tiny"
     shutil.copytree(built_folder, folder)
     return folder / SMALL_SPEC.folder_name

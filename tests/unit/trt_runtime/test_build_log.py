@@ -1,4 +1,4 @@
-"""The lint's reading of the builder log; tests/unit/trt_runtime/test_builder.py runs it on real builds."""
+"""The lint's reading of the builder log; test_builder.py runs it on real builds."""
 
 from __future__ import annotations
 

@@ -13,19 +13,19 @@ import pytest
 from flux_fp4.trt_runtime.errors import DiskFullError
 from flux_fp4.trt_runtime.store import locked, remove_temporaries, write_atomic
 
-STORE = Path(__file__).parents[3] / "trt_runtime" / "store.py"
+TOOLS = Path(__file__).parents[2] / "tools"
 
 HANGING_WRITER = """
-import importlib.util, os, pathlib, sys, time
-root = pathlib.Path(sys.argv[1])
-spec = importlib.util.spec_from_file_location("p", root / "__init__.py", submodule_search_locations=[str(root)])
-module = importlib.util.module_from_spec(spec); sys.modules["p"] = module; spec.loader.exec_module(module)
-store = importlib.import_module("p.store")
+import os, pathlib, sys, time
+sys.path.insert(0, sys.argv[1])
+from pack_import import register_pack
+register_pack()
+from flux_fp4.trt_runtime.store import write_atomic
 def hang(_):
     print("written", flush=True)
     time.sleep(60)
 os.fsync = hang
-store.write_atomic(pathlib.Path(sys.argv[2]), b"x" * 1000)
+write_atomic(pathlib.Path(sys.argv[2]), b"x" * 1000)
 """
 
 
@@ -72,7 +72,7 @@ def test_other_errors_pass_and_leave_nothing(
 
 def test_killed_writer_leaves_only_a_temporary_file(tmp_path: Path) -> None:
     path = tmp_path / "a.plan"
-    command = [sys.executable, "-c", HANGING_WRITER, str(STORE.parent), str(path)]
+    command = [sys.executable, "-c", HANGING_WRITER, str(TOOLS), str(path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "written\n"

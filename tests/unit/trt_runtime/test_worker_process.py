@@ -20,15 +20,15 @@ from flux_fp4.trt_runtime.errors import DiskFullError, ManifestMissingError, Wor
 from flux_fp4.trt_runtime.manifest import load_manifest, read_manifest_file
 from flux_fp4.trt_runtime.worker_process import BuildWorker, exit_cause
 
-ROOT = Path(__file__).parents[3]
+TOOLS = Path(__file__).parents[2] / "tools"
 
 posix = pytest.mark.skipif(os.name == "nt", reason="Requires: POSIX signals")
 
 PARENT = """
-import importlib.util, pathlib, sys
-root = pathlib.Path(sys.argv[1])
-spec = importlib.util.spec_from_file_location("flux_fp4", root / "__init__.py", submodule_search_locations=[str(root)])
-module = importlib.util.module_from_spec(spec); sys.modules["flux_fp4"] = module; spec.loader.exec_module(module)
+import pathlib, sys
+sys.path.insert(0, sys.argv[1])
+from pack_import import register_pack
+register_pack()
 from flux_fp4.trt_runtime import worker_process
 from flux_fp4.trt_runtime.builder import build_engine
 from flux_fp4.tests.unit.trt_runtime.small_spec import SMALL_SPEC
@@ -159,7 +159,7 @@ def test_killed_parent_takes_its_worker_along_and_the_build_resumes(
     blocks: Callable[..., Path],
 ) -> None:
     folder = blocks(depth=1, depth_single=3)
-    command = [sys.executable, "-c", PARENT, str(ROOT), str(folder)]
+    command = [sys.executable, "-c", PARENT, str(TOOLS), str(folder)]
     built, worker = [], 0
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
