@@ -115,10 +115,10 @@ def load_engine_model(
     del disable_dynamic
     folder = Path(engine_folder)
     checkpoint = QuantizedCheckpoint.read(paths.engine_checkpoint(folder))
-    engine = Engine.open(folder, backend)
+    load_device = comfy.model_management.get_torch_device()
+    engine = Engine.open(folder, backend, load_device)
     if engine.manifest.checkpoint_digest != checkpoint.metadata.content_digest:
         raise EngineOutdatedError(paths.engine_name(folder), checkpoint.name)
-    load_device = comfy.model_management.get_torch_device()
     offload_device = comfy.model_management.unet_offload_device()
     model = build_engine_model(
         checkpoint.metadata.config.unet_config(),

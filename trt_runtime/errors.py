@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 BUILD_NODE = '"Build TensorRT Engine"'
-EXPORT_NODE = '"Export ONNX"'
+EXPORT_NODE = '"Export FLUX FP4 to ONNX"'
 
 
 class EngineError(Exception):

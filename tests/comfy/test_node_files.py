@@ -1,0 +1,221 @@
+"""Names from workflows become paths below the model folder only; runs repeat when files change."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from comfy_in_process import import_comfyui
+from comfy_server import ComfyClient
+from pack_import import ROOT
+
+import_comfyui()
+
+import folder_paths  # noqa: E402
+from flux_fp4.nodes import paths, stages  # noqa: E402
+from flux_fp4.nodes.all_in_one import quantized_name  # noqa: E402
+from flux_fp4.nodes.build import TARGETS, build_spec  # noqa: E402
+from flux_fp4.nodes.errors import (  # noqa: E402
+    ArtifactNameError,
+    ArtifactNotFoundError,
+    SourceCheckpointError,
+)
+from flux_fp4.nodes.fingerprint import OutputLedger, file_state  # noqa: E402
+from flux_fp4.nodes.load import BACKENDS  # noqa: E402
+from flux_fp4.quant.recipe import QuantizeOptions  # noqa: E402
+from flux_fp4.trt_runtime import backend  # noqa: E402
+
+BAD_NAMES = {
+    "empty": "",
+    "parent": "..",
+    "here": ".",
+    "up": "../x",
+    "absolute": "/etc/passwd",
+    "sub-folder": "a/b",
+    "backslash": "a\\b",
+    "drive": "C:x",
+    "stream": "x:y",
+    "null": "a\0b",
+    "newline": "a\nb",
+    "hidden": ".x",
+    "trailing dot": "x.",
+    "space around": " x",
+    "device": "NUL",
+    "device with suffix": "com1.txt",
+    "wildcard": "*",
+    "too long": "x" * 101,
+}
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty model folder with a second one behind it, and one source checkpoint."""
+    roots = [str(tmp_path / "first"), str(tmp_path / "second")]
+    sources = tmp_path / "diffusion_models"
+    sources.mkdir()
+    (sources / "flux.safetensors").write_bytes(b"x")
+    (sources / "flux.gguf").write_bytes(b"x")
+    folders = {
+        paths.MODEL_FOLDER: (roots, {".safetensors"}),
+        "diffusion_models": ([str(sources)], {".safetensors", ".gguf"}),
+    }
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", folders)
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    return tmp_path
+
+
+def make_checkpoint(root: Path, name: str, *, engine: str | None = None) -> Path:
+    folder = root / name
+    folder.mkdir(parents=True)
+    (folder / f"{name}.safetensors").write_bytes(b"x")
+    if engine:
+        (folder / engine).mkdir()
+        (folder / engine / paths.MANIFEST).write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize("name", BAD_NAMES.values(), ids=BAD_NAMES.keys())
+def test_bad_names_never_become_paths(root: Path, name: str) -> None:
+    (root / "first").mkdir()
+    with pytest.raises(ArtifactNameError) as error:
+        paths.new_checkpoint(name)
+    assert error.value.name == name
+    with pytest.raises(ArtifactNotFoundError):
+        paths.quantized_checkpoint(name)
+    for engine in (name, f"{name}/sm120", f"x/{name}"):
+        with pytest.raises(ArtifactNotFoundError):
+            paths.engine_folder(engine)
+    with pytest.raises(SourceCheckpointError):
+        paths.source_checkpoint(name)
+
+
+@pytest.mark.parametrize("name", ["flux1-dev", "Flux 1.1 (mine)", "flüx", "x.y", "0"])
+def test_plain_names_are_allowed(root: Path, name: str) -> None:
+    expected = root / "first" / name / f"{name}.safetensors"
+    assert paths.new_checkpoint(name) == expected
+
+
+def test_traversal_to_a_real_engine_is_refused(root: Path) -> None:
+    make_checkpoint(root / "outside", "x", engine="sm120")
+    (root / "first").mkdir()
+    with pytest.raises(ArtifactNotFoundError, match="Build TensorRT Engine"):
+        paths.engine_folder("../outside/x/sm120")
+    with pytest.raises(ArtifactNotFoundError):
+        paths.quantized_checkpoint("../outside/x")
+
+
+def test_lists_hold_what_is_complete(root: Path) -> None:
+    make_checkpoint(root / "first", "a", engine="sm120")
+    make_checkpoint(root / "second", "b", engine="sm121")
+    (root / "first" / "empty" / "sm120").mkdir(parents=True)
+    (root / "first" / "a" / "sm121").mkdir()  # a build that did not finish
+    (root / "second" / "b" / "double_blocks.0.onnx").write_bytes(b"x")
+    os.utime(root / "first" / "a" / "sm120" / paths.MANIFEST, ns=(1, 1))
+    assert paths.quantized_checkpoints() == ["a", "b"]
+    assert paths.exported_checkpoints() == ["b"]
+    assert paths.engines() == ["b/sm121", "a/sm120"]
+    assert paths.engine_folder("b/sm121") == root / "second" / "b" / "sm121"
+    assert paths.engine_checkpoint(paths.engine_folder("b/sm121")).name == "b.safetensors"
+    assert paths.new_checkpoint("b").parent.parent.name == "second"  # where it already is
+    assert paths.source_checkpoints() == ["flux.safetensors"]
+
+
+def test_model_folder_is_registered_with_its_extension(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extra = str(root / "extra")
+    # as extra_model_paths.yaml leaves it: a path, and an empty set of extensions
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", {"flux_fp4": ([extra], set())})
+    paths.register_model_folder()
+    folders, extensions = folder_paths.folder_names_and_paths["flux_fp4"]
+    assert folders == [extra, os.path.join(folder_paths.models_dir, "flux_fp4")]
+    assert extensions == {".safetensors"}
+
+
+def test_ledger_ignores_what_the_node_did_itself(tmp_path: Path) -> None:
+    file, ledger = tmp_path / "x", OutputLedger()
+    first = ledger.fingerprint("5")
+    file.write_text("made")
+    ledger.record("5", [file])
+    assert ledger.fingerprint("5") == first
+    assert ledger.fingerprint("6") == first
+
+
+@pytest.mark.parametrize("change", [Path.unlink, lambda file: file.write_text("other text")])
+def test_ledger_notices_changes_by_others_once(tmp_path: Path, change: Any) -> None:
+    file, ledger = tmp_path / "x", OutputLedger()
+    file.write_text("made")
+    first = ledger.fingerprint("5")
+    ledger.record("5", [file])
+    change(file)
+    second = ledger.fingerprint("5")
+    assert second != first
+    file.write_text("made again")
+    ledger.record("5", [file])
+    assert ledger.fingerprint("5") == second
+
+
+def test_file_state_of_nothing_is_none(tmp_path: Path) -> None:
+    assert file_state(tmp_path / "absent") is None
+
+
+def test_absent_checkpoint_is_not_up_to_date(tmp_path: Path) -> None:
+    absent = tmp_path / "x.safetensors"
+    assert stages.up_to_date_checkpoint(tmp_path, absent, QuantizeOptions(), None) is None
+
+
+def test_all_in_one_names_differ_by_folder_and_options() -> None:
+    names = {
+        quantized_name(checkpoint, QuantizeOptions(fp8_attention=fp8))
+        for checkpoint in ("flux.safetensors", "mine/flux.safetensors", "old\\flux.safetensors")
+        for fp8 in (True, False)
+    }
+    assert len(names) == 6
+    assert all(paths.name_fault(name) is None for name in names)
+    assert "flux-nvfp4-max" in names
+
+
+def test_targets_are_folder_names_of_their_specs() -> None:
+    for target in TARGETS:
+        spec = build_spec(target, 2.0, 1, 512)
+        assert spec.folder_name == target
+        assert spec.profile.max_img_tokens == 8192  # 2 megapixels in 16 x 16 pixel patches
+
+
+def test_backends_are_those_of_the_runtime() -> None:
+    assert set(BACKENDS) == {"auto", backend.REFERENCE, *backend.PACKAGES}
+
+
+def test_locale_repeats_the_schema(client: ComfyClient, object_info: dict[str, Any]) -> None:
+    texts = client.get("/i18n")["en"]["nodeDefs"]
+    for node_id, info in object_info.items():
+        if not node_id.startswith("FluxFP4"):
+            continue
+        assert texts[node_id]["display_name"] == info["display_name"]
+        assert texts[node_id]["description"] == info["description"]
+        inputs = {**info["input"].get("required", {}), **info["input"].get("optional", {})}
+        expected = {
+            name: {"name": spec[1].get("display_name", name), "tooltip": spec[1]["tooltip"]}
+            for name, spec in inputs.items()
+        }
+        assert texts[node_id]["inputs"] == expected
+        tooltips = [entry["tooltip"] for entry in texts[node_id]["outputs"].values()]
+        assert tooltips == info["output_tooltips"]
+
+
+def test_texts_name_only_nodes_that_exist(object_info: dict[str, Any]) -> None:
+    own = {info["display_name"] for name, info in object_info.items() if "FluxFP4" in name}
+    assert len(own) == 7
+    sources = [
+        p for folder in ("nodes", "quant", "trt_runtime") for p in (ROOT / folder).rglob("*.py")
+    ]
+    # adjacent string literals are one text, wherever the source breaks the line
+    text = "\n".join(re.sub(r'"\s*\n\s*f?"', "", path.read_text()) for path in sources)
+    verbs = ("Quantize ", "Export ", "Build ", "Inspect ", "FLUX ")
+    quoted = set(re.findall(r"""['"]([A-Z][\w /]+)['"]""", text))
+    ours = {name for name in quoted if name.startswith(verbs)} - {"FLUX FP4"}  # the category
+    assert own <= quoted
+    assert ours <= own, ours - own
