@@ -18,7 +18,7 @@ class CudaAccess:
         self._stream: torch.cuda.Stream | None = None
 
     def prepare(self, device: torch.device, backend: str, targets: Sequence[str]) -> None:
-        """Check that plans for `targets` run on `device`, and make room that torch only caches.
+        """Check that plans for `targets` run on `device`; create the stream and make room.
 
         Raises:
             BackendUnusableError: it is not a CUDA device.
@@ -31,6 +31,7 @@ class CudaAccess:
             raise EngineTargetError(gpu.name, gpu.sm, targets)
         # TensorRT allocates weights beside torch's caching allocator
         torch.cuda.empty_cache()
+        self._stream = torch.cuda.Stream(device)
 
     @contextlib.contextmanager
     def activated(self, device: torch.device) -> Iterator[None]:
@@ -47,8 +48,7 @@ class CudaAccess:
         frees afterwards is not reused before the engine has finished with it, so no tensor needs
         record_stream().
         """
-        if self._stream is None or self._stream.device != device:
-            self._stream = torch.cuda.Stream(device)
+        assert self._stream is not None, "prepare() comes first"
         current = torch.cuda.current_stream(device)
         self._stream.wait_stream(current)
         try:

@@ -57,6 +57,8 @@ class LoadedBlock:
     context: Any
     shapes: Shapes = ()
     output_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    seen: set[Shapes] = field(default_factory=set)
+    """Shapes whose kernels exist."""
     scratch_bytes: int = 0
     scratch: tuple[int, int] = (0, 0)
     """Address and size of the scratch memory that the context knows."""
@@ -216,9 +218,9 @@ class TensorRTExecutor:
     def _set_shapes(self, loaded: LoadedBlock, tensors: Mapping[str, torch.Tensor]) -> None:
         """Set shapes when they differ from the last run's; a sampler repeats them every step."""
         shapes = tuple(tuple(tensor.shape) for tensor in tensors.values())
+        if shapes in loaded.seen and self._has_new_kernels:
+            self._save_kernels()
         if shapes == loaded.shapes:
-            if self._has_new_kernels:
-                self._save_kernels()
             return
         context, block = loaded.context, loaded.entry.block
         # forgotten first: after a failure the next run must set all of them again
@@ -232,7 +234,8 @@ class TensorRTExecutor:
             spec.name: tuple(context.get_tensor_shape(spec.name)) for spec in loaded.entry.outputs
         }
         loaded.shapes = shapes
-        self._has_new_kernels = True
+        self._has_new_kernels = self._has_new_kernels or shapes not in loaded.seen
+        loaded.seen.add(shapes)
 
     def _set_scratch(self, loaded: LoadedBlock, scratch: ScratchMemory) -> None:
         scratch.reserve(loaded.scratch_bytes)

@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def write_atomic(path: Path, data: bytes | memoryview) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Make a rename in `folder` durable; Windows has no such call and does not need it."""
-    if os.name == "nt":
+    if sys.platform == "win32":
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -47,7 +47,8 @@ class BuildWorker:
             text=True,
             encoding="utf-8",
             # a group of its own, so that kill() also ends what a launcher or a debugger started
-            start_new_session=os.name != "nt",
+            start_new_session=sys.platform != "win32",
+            creationflags=_creation_flags(),
         )
         self._reader = threading.Thread(target=self._read, args=(events,), daemon=True)
         self._reader.start()
@@ -90,13 +91,11 @@ class BuildWorker:
         return WorkerDiedError(block, exit_cause(code), self._log_tail())
 
     def _signal(self) -> None:
-        if os.name == "nt":
+        if sys.platform == "win32":
             self._process.kill()
-            return
-        try:
-            os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            return
+        else:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
 
     def _log_tail(self) -> list[str]:
         size = self._log.seek(0, os.SEEK_END)
@@ -115,6 +114,13 @@ def worker_command() -> list[str]:
     """Return the command of a worker: this interpreter, with the same view of user packages."""
     flags = ["-s"] if sys.flags.no_user_site else []
     return [sys.executable, *flags, str(WORKER_SCRIPT)]
+
+
+def _creation_flags() -> int:
+    if sys.platform == "win32":
+        # no console window when ComfyUI has none
+        return subprocess.CREATE_NO_WINDOW
+    return 0
 
 
 def exit_cause(code: int) -> str:

@@ -195,6 +195,19 @@ def test_kernels_are_stored_after_load_and_when_shapes_repeat(
     assert cache.stat().st_mtime_ns == written
 
 
+def test_alternating_shapes_do_not_store_the_kernels_every_step(
+    executor: TensorRTExecutor, manifest: EngineManifest, engine_copy: Path
+) -> None:
+    cache = engine_copy / "runtime.cache"
+    executor.load(CPU)
+    written = []
+    for img_tokens in (40, 80, 40, 80, 40):
+        cache.unlink(missing_ok=True)
+        executor.run(SINGLE, block_inputs(manifest.blocks[1], img_tokens, 8))
+        written.append(cache.exists())
+    assert written == [False, False, True, False, False]
+
+
 @pytest.mark.parametrize(
     "call",
     ["deserialize_cuda_engine", "create_execution_context", "wrong dtype"],

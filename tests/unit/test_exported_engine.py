@@ -1,0 +1,58 @@
+"""What quant/ exports, trt_runtime/ builds and runs: the two meet in files only."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from flux_fp4.quant.flux.config import block_linears
+from flux_fp4.quant.onnx_export import export_blocks
+from flux_fp4.quant.quantize import quantize_checkpoint
+from flux_fp4.quant.quantized_checkpoint import QuantizedCheckpoint
+from flux_fp4.quant.recipe import QuantizeOptions
+from flux_fp4.tests.unit.trt_runtime.block_inputs import block_inputs
+from flux_fp4.tests.unit.trt_runtime.small_spec import SMALL_SPEC
+from flux_fp4.trt_runtime.builder import build_engine
+from flux_fp4.trt_runtime.engine import Engine
+from flux_fp4.trt_runtime.signature import read_block_folder
+from tiny_flux import TINY, ignore_progress, random_flux, random_samples, save_flux
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> QuantizedCheckpoint:
+    folder = tmp_path_factory.mktemp("model")
+    source = save_flux(random_flux(), folder / "source.safetensors")
+    path = folder / "tiny" / "tiny.safetensors"
+    result = quantize_checkpoint(source, path, random_samples(), QuantizeOptions(), ignore_progress)
+    export_blocks(path, ignore_progress)
+    return result
+
+
+def test_signature_reads_what_the_exporter_wrote(checkpoint: QuantizedCheckpoint) -> None:
+    signatures = read_block_folder(checkpoint.path.parent)
+    assert [s.block for s in signatures] == list(TINY.block_names)
+    for signature in signatures:
+        assert set(signature.fp4_linears) == set(block_linears(signature.block))
+        assert signature.fp8_attention
+        assert signature.weights == checkpoint.path
+        assert signature.checkpoint_digest == checkpoint.metadata.content_digest
+        assert signature.recipe == checkpoint.metadata.recipe
+        assert (signature.hidden_size, signature.num_heads) == (TINY.hidden_size, TINY.num_heads)
+        for place in signature.ranges:
+            stored = checkpoint.tensors.get(f"{signature.block}.{place.name}")
+            assert stored is not None
+            assert (stored.offset, stored.length) == (place.offset, place.length)
+
+
+def test_exported_blocks_become_fp4_plans_and_run(checkpoint: QuantizedCheckpoint) -> None:
+    folder = checkpoint.path.parent
+    manifest = build_engine(folder, SMALL_SPEC, ignore_progress)
+    assert [entry.fp4_gemms_found for entry in manifest.blocks] == [8, 2, 2]
+    assert [entry.fp8_mha_found for entry in manifest.blocks] == [1, 1, 1]
+    assert manifest.checkpoint_digest == checkpoint.metadata.content_digest
+    engine = Engine.open(folder / SMALL_SPEC.folder_name, "reference")
+    engine.load(torch.device("cpu"))
+    for entry in manifest.blocks:
+        inputs = block_inputs(entry, img_tokens=36, txt_tokens=5, batch=2)
+        for result in engine.run(entry.block, inputs).values():
+            assert result.isfinite().all()
+    engine.unload()
