@@ -45,6 +45,7 @@ class ShapeProfileError(EngineError):
 
     def __init__(self, label: str, tokens: int, minimum: int, maximum: int, widget: str) -> None:
         self.label, self.tokens, self.minimum, self.maximum = label, tokens, minimum, maximum
+        self.widget = widget
         smaller, bound = ("fewer", "max") if tokens > maximum else ("more", "min")
         super().__init__(
             f"This run needs {tokens} {label} tokens; the engine takes {minimum} to {maximum}. "
