@@ -9,25 +9,65 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-
-from .signature import DYNAMIC_QUANTIZE
 
 if TYPE_CHECKING:
     import onnx
 
-NVFP4_BLOCK = 16
-"""Values that share an E4M3 scale (NVFP4 format)."""
-
-E2M1_MAX = 6.0
-E4M3_MAX = 448.0
 E2M1_IN_E4M3 = (0x00, 0x30, 0x38, 0x3C, 0x40, 0x44, 0x48, 0x4C)
 """E4M3 codes of 0, 0.5, 1, 1.5, 2, 3, 4, 6, in the order of the E2M1 codes 0 to 7."""
 
-SMALLEST_SCALE = 1e-30
-"""Divisor for blocks whose scale is 0; their values are then multiplied by 0, so 0 stays exact."""
+DYNAMIC_QUANTIZE_TEXT = """
+<domain: "trt", opset_import: ["" : OPSET]>
+TRT_FP4DynamicQuantize <axis, block_size, scale_type> (x, gscale) => (q, s) {
+    half = Constant <value_float: float = 0.5> ()
+    one = Constant <value_float: float = 1.0> ()
+    two = Constant <value_float: float = 2.0> ()
+    four = Constant <value_float: float = 4.0> ()
+    six = Constant <value_float: float = 6.0> ()
+    minus_six = Constant <value_float: float = -6.0> ()
+    e4m3_max = Constant <value_float: float = 448.0> ()
+    smallest = Constant <value_float: float = 1e-30> ()
+    first = Constant <value_ints: ints = [0]> ()
+    last = Constant <value_ints: ints = [-1]> ()
+    block = Constant <value_ints: ints = [-1, 16]> ()
+
+    shape = Shape (x)
+    leading = Slice (shape, first, last)
+    block_shape = Concat <axis: int = 0> (leading, block)
+    blocks = Reshape (x, block_shape)
+
+    magnitudes = Abs (blocks)
+    amax = ReduceMax <keepdims: int = 0> (magnitudes, last)
+    divisor = Mul (six, gscale)
+    scale = Div (amax, divisor)
+    bounded = Min (scale, e4m3_max)
+    s = Cast <to: int = 17> (bounded)
+
+    rounded_scale = Cast <to: int = 1> (s)
+    step = Mul (rounded_scale, gscale)
+    safe_step = Max (step, smallest)
+    block_step = Unsqueeze (safe_step, last)
+    scaled = Div (blocks, block_step)
+    clipped = Clip (scaled, minus_six, six)
+
+    magnitude = Abs (clipped)
+    below_two = Less (magnitude, two)
+    below_four = Less (magnitude, four)
+    upper_grid = Where (below_four, one, two)
+    grid = Where (below_two, half, upper_grid)
+    in_steps = Div (clipped, grid)
+    whole_steps = Round (in_steps)
+    values = Mul (whole_steps, grid)
+    reshaped = Reshape (values, shape)
+    q = Cast <to: int = 17> (reshaped)
+}
+"""
+"""The quantizer in ONNX's text form. Type 17 is FLOAT8E4M3FN, 1 is FLOAT. E2M1's grid has step 0.5
+below 2, 1 below 4 and 2 up to 6; Round takes ties to even. Where a scale rounds to 0 the divisor is
+1e-30: whatever q is then, it is multiplied by 0."""
 
 
 def reference_model(path: Path) -> onnx.ModelProto:
@@ -62,78 +102,11 @@ def dynamic_quantize_function(opset: int) -> onnx.FunctionProto:
     """Return TRT_FP4DynamicQuantize(x, gscale) -> (q, s) as a function of standard operators.
 
     NVFP4: per block of 16, s = E4M3(amax / (6 gscale)), rounded to nearest even and saturated at
-    448; then q = E2M1(x / (s gscale)) with ties to even, on the grid of step 0.5 below 2, 1 below
-    4, and 2 up to 6.
+    448; then q = E2M1(x / (s gscale)) with ties to even.
     """
-    from onnx import TensorProto, helper
+    from onnx import parser
 
-    constants = {
-        "six": _scalar(E2M1_MAX),
-        "minus_six": _scalar(-E2M1_MAX),
-        "largest": _scalar(E4M3_MAX),
-        "smallest": _scalar(SMALLEST_SCALE),
-        "half": _scalar(0.5),
-        "one": _scalar(1),
-        "two": _scalar(2),
-        "four": _scalar(4),
-        "first": _integers(0),
-        "last": _integers(-1),
-        "blocked": _integers(-1, NVFP4_BLOCK),
-    }
-    nodes = [
-        helper.make_node("Constant", [], [name], value=value) for name, value in constants.items()
-    ]
-
-    def op(kind: str, inputs: str, output: str, **attributes: Any) -> None:
-        nodes.append(helper.make_node(kind, inputs.split(), [output], **attributes))
-
-    op("Shape", "x", "shape")
-    op("Slice", "shape first last", "leading")
-    op("Concat", "leading blocked", "block_shape", axis=0)
-    op("Reshape", "x block_shape", "blocks")
-    op("Abs", "blocks", "block_magnitudes")
-    op("ReduceMax", "block_magnitudes last", "amax", keepdims=0)
-    op("Mul", "six gscale", "divisor")
-    op("Div", "amax divisor", "scale")
-    op("Min", "scale largest", "bounded")
-    op("Cast", "bounded", "s", to=TensorProto.FLOAT8E4M3FN)
-    op("Cast", "s", "rounded_scale", to=TensorProto.FLOAT)
-    op("Mul", "rounded_scale gscale", "step")
-    op("Max", "step smallest", "safe_step")
-    op("Unsqueeze", "safe_step last", "block_step")
-    op("Div", "blocks block_step", "scaled")
-    op("Clip", "scaled minus_six six", "clipped")
-    op("Abs", "clipped", "magnitude")
-    op("Less", "magnitude two", "below_two")
-    op("Less", "magnitude four", "below_four")
-    op("Where", "below_four one two", "upper_grid")
-    op("Where", "below_two half upper_grid", "grid")
-    op("Div", "clipped grid", "in_steps")
-    op("Round", "in_steps", "whole_steps")
-    op("Mul", "whole_steps grid", "values")
-    op("Reshape", "values shape", "reshaped")
-    op("Cast", "reshaped", "q", to=TensorProto.FLOAT8E4M3FN)
-    return helper.make_function(
-        "trt",
-        DYNAMIC_QUANTIZE,
-        ["x", "gscale"],
-        ["q", "s"],
-        nodes,
-        [helper.make_opsetid("", opset)],
-        attributes=["axis", "block_size", "scale_type"],
-    )
-
-
-def _scalar(value: float) -> onnx.TensorProto:
-    from onnx import numpy_helper
-
-    return numpy_helper.from_array(np.array(value, np.float32))
-
-
-def _integers(*values: int) -> onnx.TensorProto:
-    from onnx import numpy_helper
-
-    return numpy_helper.from_array(np.array(values, np.int64))
+    return parser.parse_function(DYNAMIC_QUANTIZE_TEXT.replace("OPSET", str(opset)))
 
 
 def _convert_initializer(tensor: onnx.TensorProto) -> None:
