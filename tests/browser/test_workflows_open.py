@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 from collections.abc import Iterator
+from ctypes.util import find_library
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,8 @@ def report(
     client: ComfyClient, named_files: None, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:
     """What the frontend made of every workflow, and of one with a node that does not exist."""
-    if not (shutil.which("node") and shutil.which("npm")):
-        pytest.skip("Requires: node and npm")
+    if not (shutil.which("node") and shutil.which("npm") and find_library("nss3")):
+        pytest.skip("Requires: node, npm and libnss3")
     if not (HERE / "node_modules").is_dir():
         pytest.fail("tests/browser/node_modules is absent: run 'make browser' or 'make npm'")
     workflow = json.loads(WORKFLOWS[0].read_text())
