@@ -15,6 +15,11 @@ from api_workflow import ApiWorkflow, api_from_ui
 from comfy_server import ComfyClient, ComfyServer
 from pack_import import ROOT
 
+pytestmark = pytest.mark.skipif(
+    not (shutil.which("node") and shutil.which("npm") and find_library("nss3")),
+    reason="Requires: node, npm and libnss3",
+)
+
 HERE = Path(__file__).resolve().parent
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 SCREENSHOTS = ROOT / "output" / "browser"
@@ -66,8 +71,6 @@ def report(
     client: ComfyClient, named_files: None, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:
     """What the frontend made of every workflow, and of one with a node that does not exist."""
-    if not (shutil.which("node") and shutil.which("npm") and find_library("nss3")):
-        pytest.skip("Requires: node, npm and libnss3")
     if not (HERE / "node_modules").is_dir():
         pytest.fail("tests/browser/node_modules is absent: run 'make browser' or 'make npm'")
     workflow = json.loads(WORKFLOWS[0].read_text())
