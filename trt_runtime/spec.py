@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 from .errors import BuildSpecError, ShapeProfileError
 
@@ -55,8 +54,6 @@ class TokenRange:
 @dataclass(frozen=True)
 class ShapeProfile:
     """Shapes that one engine accepts; activation memory grows with the maxima."""
-
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     max_batch: int = 1
     """Larger batches are split at run time."""
