@@ -49,7 +49,7 @@ def test_report_matches_the_tensors(source: Path, quantized: QuantizedCheckpoint
     before = load_file(source)
     for report in metadata.linears:
         scale = quantized.load(f"{report.name}.input_scale")
-        assert scale.item() == pytest.approx(report.input_amax / 2688, rel=1e-6)
+        assert scale.item() == pytest.approx(1.25 * report.input_amax / 2688, rel=1e-6)
         assert 15 < report.output_sqnr_db < 30, f"{report.name}: {report.output_sqnr_db:.1f} dB"
         assert f"{report.name}.weight" in before
     for block in metadata.blocks:
@@ -79,6 +79,31 @@ def test_input_amax_is_the_largest_seen_over_all_samples(
         if entry.name == "double_blocks.0.txt_attn.qkv"
     ]
     assert report.input_amax == pytest.approx(max(seen).item(), rel=1e-6)
+
+
+def test_attention_scales_cover_the_largest_q_k_and_v_with_headroom(
+    source: Path, quantized: QuantizedCheckpoint
+) -> None:
+    from flux_fp4.quant.calibration import embedded_samples
+
+    model = random_flux()
+    model.load_state_dict(load_file(source))
+    block = model.double_blocks[0]
+    seen: list[list[float]] = []
+
+    def observe(module: torch.nn.Module, qkv: tuple[torch.Tensor, ...]) -> None:
+        seen.append([tensor.abs().max().item() for tensor in qkv])
+
+    block.attention.register_forward_pre_hook(observe)
+    with torch.no_grad():
+        for state in embedded_samples(random_samples(), model, TINY):
+            block(state.img, state.txt, state.cos, state.sin, block.modulation_vectors(state.vec))
+    # the plan multiplies q and k by head_dim ** -0.25 before it quantizes them
+    factors = {"q": 128**-0.25, "k": 128**-0.25, "v": 1.0}
+    for (part, factor), values in zip(factors.items(), zip(*seen, strict=True), strict=True):
+        scale = quantized.load(f"double_blocks.0.attention.{part}_scale").item()
+        needed = 1.25 * factor * max(values) / 448
+        assert needed * (1 - 1e-6) <= scale <= needed * (1 + 2**-7), part
 
 
 def test_file_is_plain_safetensors_with_aligned_tensors(quantized: QuantizedCheckpoint) -> None:
