@@ -36,6 +36,7 @@ FP4_GEMM = row(
     ["linear1/MatMul", "linear1/DQ_weight"],
 )
 BF16_GEMM = row("linear1/MatMul_myl0_5", "gemm", ["BFloat16", "BFloat16"], [], ["linear1/MatMul"])
+MIXED_GEMM = row("g", "gemm", ["BFloat16"], ["FP4E2M1", "FP8"], ["linear1/MatMul"])
 UNPACK = row("__myl_Cast_3", "kgen", [], ["FP4E2M1", "FP8"], ["linear1/DQ_weight", "x"])
 MHA = row("_gemm_mha_v2_myl0_10", "kgen", ["FP8", "FP8", "FP8"], [], ["attention/QK"])
 HIGH_MHA = row("_gemm_mha_v2_myl0_10", "kgen", ["BFloat16"] * 3, [], ["attention/QK"])
@@ -76,6 +77,7 @@ def test_linears_merged_into_one_gemm_pass() -> None:
     ("rows", "linears", "fp8", "named"),
     [
         pytest.param([BF16_GEMM], ["linear1"], False, "linear1", id="bf16 GEMM"),
+        pytest.param([MIXED_GEMM], ["linear1"], False, "linear1", id="bf16 x FP4 GEMM"),
         pytest.param([BF16_GEMM, UNPACK], ["linear1"], False, "linear1", id="dequantized weight"),
         pytest.param([FP4_GEMM, UNPACK], ["linear1"], False, "linear1", id="FP4 and dequantized"),
         pytest.param([FP4_GEMM], ["linear1", "linear2"], False, "linear2", id="GEMM is gone"),

@@ -68,6 +68,13 @@ def test_finished_plans_are_reused(engine_copy: Path) -> None:
     assert plan_times(engine_copy) == before
 
 
+def test_leftovers_of_a_killed_build_are_removed(engine_copy: Path) -> None:
+    leftover = engine_copy / ".single_blocks.0-0123456789ab.plan.4711.tmp"
+    leftover.write_bytes(b"half")
+    build_engine(engine_copy.parent, SMALL_SPEC, silent)
+    assert not leftover.exists()
+
+
 def test_changed_weight_byte_rebuilds_only_its_block(engine_copy: Path) -> None:
     folder = engine_copy.parent
     (first, *_) = read_signature(folder / "single_blocks.0.onnx").ranges

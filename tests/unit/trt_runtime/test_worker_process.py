@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from flux_fp4.tests.unit.trt_runtime.small_spec import SMALL_SPEC, silent
 from flux_fp4.tests.unit.trt_runtime.test_builder import Recorder, plan_times
 from flux_fp4.trt_runtime import worker_process
-from flux_fp4.trt_runtime.builder import build_engine
+from flux_fp4.trt_runtime.builder import build_engine, profile_shapes
 from flux_fp4.trt_runtime.digest import digest_of_file
 from flux_fp4.trt_runtime.errors import DiskFullError, ManifestMissingError, WorkerDiedError
 from flux_fp4.trt_runtime.manifest import load_manifest, read_manifest_file
+from flux_fp4.trt_runtime.plan import BuildJob
+from flux_fp4.trt_runtime.signature import read_signature
 from flux_fp4.trt_runtime.worker_process import BuildWorker, exit_cause
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -198,6 +202,29 @@ def test_full_disk_in_the_worker_is_told_and_loses_nothing(
     monkeypatch.undo()
     assert_resumes(folder, [], 2)
     assert (engine_dir / "notes.txt").read_text() == "mine"
+
+
+def test_worker_leaves_amid_a_build_when_its_input_ends(built_folder: Path, tmp_path: Path) -> None:
+    signature = read_signature(built_folder / "double_blocks.0.onnx")
+    job = BuildJob(
+        block=signature.block,
+        backend="tensorrt_rtx",
+        onnx=str(signature.path),
+        plan=str(tmp_path / "a.plan"),
+        targets=("sm120",),
+        profile=profile_shapes(signature, SMALL_SPEC.profile),
+        fp4_linears=signature.fp4_linears,
+        fp8_attention=True,
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(worker_process.worker_command(), text=True, **pipes) as process:
+        process.stdin.write(json.dumps(asdict(job)) + "\n")
+        process.stdin.flush()
+        assert process.stderr.readline() == "building double_blocks.0\n"
+        process.stdin.close()
+        assert process.stdout.read() == ""
+        assert process.wait(5) == 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_broken_worker_script_is_reported(
