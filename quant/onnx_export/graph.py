@@ -181,9 +181,14 @@ def nvfp4_linear(
     Args:
         graph: The block's graph.
         linear: Name relative to the block.
-        x: Input ``[B, L, K]``; TensorRT refuses rank 4.
+        x: Input ``[B, L, K]``.
         shape: Shape of ``x``.
     """
+    width = int(shape[-1])
+    # rank 2 between Quantize and MatMul, at no kernel's cost: with rank 3 and a dynamic batch,
+    # TensorRT-RTX 1.7.1 fails to build where the smallest batch equals the number of heads
+    lead = graph.op("Shape", x, start=0, end=2)
+    x = graph.op("Reshape", x, graph.integers(-1, width))
     block = {"axis": -1, "block_size": NVFP4_BLOCK}
     input_scale = graph.stored(f"{linear}.input_scale")
     codes, scale = graph.node(
@@ -196,9 +201,8 @@ def nvfp4_linear(
         **block,
     )
     # shape inference knows no operator of TensorRT's domain
-    codes.dtype, codes.shape = ir.DataType.FLOAT4E2M1, ir.Shape(shape)
-    scale.dtype = ir.DataType.FLOAT8E4M3FN
-    scale.shape = ir.Shape((*shape[:-1], int(shape[-1]) // NVFP4_BLOCK))
+    codes.dtype, codes.shape = ir.DataType.FLOAT4E2M1, ir.Shape((None, width))
+    scale.dtype, scale.shape = ir.DataType.FLOAT8E4M3FN, ir.Shape((None, width // NVFP4_BLOCK))
     scale = graph.op("DequantizeLinear", scale, input_scale, name=f"{linear}/DQ_input_scale")
     to = int(graph.high_precision)
     scale = graph.op("Cast", scale, name=f"{linear}/Cast_input_scale", to=to)
@@ -218,4 +222,5 @@ def nvfp4_linear(
         **block,
     )
     weight = graph.op("Transpose", weight, name=f"{linear}/Transpose", perm=[1, 0])
-    return graph.op("MatMul", dequantized, weight, name=f"{linear}/MatMul")
+    y = graph.op("MatMul", dequantized, weight, name=f"{linear}/MatMul")
+    return graph.op("Reshape", y, graph.op("Concat", lead, graph.integers(-1), axis=0))

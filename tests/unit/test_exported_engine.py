@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from flux_fp4.quant.flux.config import block_linears
@@ -56,3 +59,18 @@ def test_exported_blocks_become_fp4_plans_and_run(checkpoint: QuantizedCheckpoin
         for result in engine.run(entry.block, inputs).values():
             assert result.isfinite().all()
     engine.unload()
+
+
+def test_dynamic_batch_builds_where_the_smallest_equals_the_number_of_heads(
+    tmp_path: Path,
+) -> None:
+    config = TINY.model_copy(update={"hidden_size": 128, "num_heads": 1, "depth_single_blocks": 1})
+    source = save_flux(random_flux(config), tmp_path / "source.safetensors")
+    path = tmp_path / "one_head" / "one_head.safetensors"
+    samples = random_samples(config)
+    quantize_checkpoint(source, path, samples, QuantizeOptions(), ignore_progress)
+    export_blocks(path, ignore_progress)
+    spec = replace(SMALL_SPEC, profile=replace(SMALL_SPEC.profile, max_batch=2))
+    manifest = build_engine(path.parent, spec, ignore_progress)
+    assert [entry.fp4_gemms_found for entry in manifest.blocks] == [8, 2]
+    assert [entry.fp8_mha_found for entry in manifest.blocks] == [1, 1]
