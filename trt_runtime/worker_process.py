@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import queue
 import signal
@@ -20,6 +21,8 @@ from typing import IO, Any
 from . import errors
 from .errors import EngineError, WorkerDiedError
 from .plan import BuildJob, BuiltPlan
+
+logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.1
 """How often progress is called, and so how fast a cancel is felt."""
@@ -106,7 +109,9 @@ class BuildWorker:
     def _read(self, events: Events) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            events.put((self, json.loads(line)))
+            answer = _answer_from_line(line)
+            if answer is not None:
+                events.put((self, answer))
         events.put((self, None))
 
 
@@ -168,6 +173,15 @@ def build_plans(
     finally:
         for worker in pool:
             worker.kill()
+
+
+def _answer_from_line(line: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(line)
+    except ValueError:
+        # something in the process printed before the worker took standard output away
+        logger.warning("Unexpected output of the build process: %s", line.rstrip())
+        return None
 
 
 def _plan_from_answer(answer: dict[str, Any]) -> BuiltPlan:

@@ -222,8 +222,11 @@ def test_worker_leaves_amid_a_build_when_its_input_ends(built_folder: Path, tmp_
         process.stdin.flush()
         assert process.stderr.readline() == "building double_blocks.0\n"
         process.stdin.close()
+        try:
+            assert process.wait(5) == 0
+        finally:
+            process.kill()
         assert process.stdout.read() == ""
-        assert process.wait(5) == 0
     assert list(tmp_path.iterdir()) == []
 
 
@@ -235,6 +238,20 @@ def test_broken_worker_script_is_reported(
     with pytest.raises(WorkerDiedError, match="no such module") as caught:
         build_engine(blocks(depth=0), SMALL_SPEC, silent)
     assert caught.value.cause == "exit code 1"
+
+
+def test_output_that_is_no_answer_is_ignored(
+    blocks: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    script = str(worker_process.WORKER_SCRIPT)
+    source = (
+        f"import runpy; print('noise', flush=True); runpy.run_path({script!r}, run_name='__main__')"
+    )
+    monkeypatch.setattr(worker_process, "worker_command", lambda: [sys.executable, "-c", source])
+    assert len(build_engine(blocks(depth=0), SMALL_SPEC, silent).blocks) == 1
+    assert "noise" in caplog.text
 
 
 def test_worker_imports_neither_torch_nor_comfyui(
