@@ -28,7 +28,6 @@ TRT_FP4DynamicQuantize <axis, block_size, scale_type> (x, gscale) => (q, s) {
     four = Constant <value_float: float = 4.0> ()
     six = Constant <value_float: float = 6.0> ()
     minus_six = Constant <value_float: float = -6.0> ()
-    e4m3_max = Constant <value_float: float = 448.0> ()
     smallest = Constant <value_float: float = 1e-30> ()
     first = Constant <value_ints: ints = [0]> ()
     last = Constant <value_ints: ints = [-1]> ()
@@ -43,8 +42,7 @@ TRT_FP4DynamicQuantize <axis, block_size, scale_type> (x, gscale) => (q, s) {
     amax = ReduceMax <keepdims: int = 0> (magnitudes, last)
     divisor = Mul (six, gscale)
     scale = Div (amax, divisor)
-    bounded = Min (scale, e4m3_max)
-    s = Cast <to: int = 17> (bounded)
+    s = Cast <to: int = 17> (scale)
 
     rounded_scale = Cast <to: int = 1> (s)
     step = Mul (rounded_scale, gscale)
@@ -65,9 +63,9 @@ TRT_FP4DynamicQuantize <axis, block_size, scale_type> (x, gscale) => (q, s) {
     q = Cast <to: int = 17> (reshaped)
 }
 """
-"""The quantizer in ONNX's text form. Type 17 is FLOAT8E4M3FN, 1 is FLOAT. E2M1's grid has step 0.5
-below 2, 1 below 4 and 2 up to 6; Round takes ties to even. Where a scale rounds to 0 the divisor is
-1e-30: whatever q is then, it is multiplied by 0."""
+"""The quantizer in ONNX's text form. Type 17 is FLOAT8E4M3FN, to which Cast saturates; 1 is FLOAT.
+E2M1's grid has step 0.5 below 2, 1 below 4 and 2 up to 6; Round takes ties to even. Where a scale
+rounds to 0 the divisor is 1e-30: whatever q is then, it is multiplied by 0."""
 
 
 def reference_model(path: Path) -> onnx.ModelProto:

@@ -180,12 +180,10 @@ class FakeContext:
         self.library.alive.discard(f"context {self.engine.entry.block}")
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        if self.library.fails("set_input_shape"):
-            return False
         self.library.calls.append(("shape", self.engine.entry.block, name, shape))
         self.shapes[name] = shape
         self.memory = None
-        return True
+        return not self.library.fails("set_input_shape")
 
     def update_device_memory_size_for_shapes(self) -> int:
         assert self.shapes.keys() == {spec.name for spec in self.engine.entry.inputs}

@@ -256,6 +256,21 @@ def test_failed_run_names_block_and_step_and_the_next_run_starts_anew(
     executor.run(SINGLE, inputs)
 
 
+def test_shapes_half_set_by_a_failed_run_are_set_again(
+    executor: TensorRTExecutor, library: FakeLibrary, manifest: EngineManifest
+) -> None:
+    executor.load(CPU)
+    inputs = block_inputs(manifest.blocks[1], 40, 8)
+    executor.run(SINGLE, inputs)
+    library.refused.add("set_input_shape")
+    with pytest.raises(ExecutionError):
+        executor.run(SINGLE, block_inputs(manifest.blocks[1], 80, 8))
+    library.refused.clear()
+    library.calls.clear()
+    executor.run(SINGLE, inputs)
+    assert len(kinds(library, "shape")) == 6
+
+
 def test_lack_of_gpu_memory_is_the_error_that_comfyui_answers(
     executor: TensorRTExecutor, library: FakeLibrary, manifest: EngineManifest
 ) -> None:
