@@ -8,7 +8,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test setup comfyui npm lint types unit comfy browser constraints golden clean
+.PHONY: demo test setup comfyui npm lint types unit comfy browser constraints golden thumbnails clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -86,6 +86,10 @@ tests/browser/node_modules/.installed: tests/browser/package-lock.json
 # After an intended change of a node: rewrites tests/golden/object_info.json; review the diff.
 golden: setup
 	UPDATE_GOLDEN=1 $(BIN)/python -m pytest tests/comfy/test_object_info.py
+
+# After a change of the workflows or of the small model; look at the pictures.
+thumbnails: setup
+	$(BIN)/python tests/tools/thumbnails.py --comfyui $(COMFYUI)
 
 # New pinned versions for every supported Python.
 constraints: $(VENV)/.uv comfyui
