@@ -29,7 +29,8 @@ TOKENS_PER_MEGAPIXEL = 4096
 
 MIN_TOKENS = 16
 """Of image (64 x 64 pixels) and of text. TensorRT-RTX 1.7 fuses FP8 attention only for profiles
-that start at 32 tokens in all or more, and that reach to about one megapixel."""
+that start at 32 tokens in all or more; with a single head (the test model) also only for profiles
+that reach to about one megapixel."""
 
 TARGET = io.Combo.Input(
     "target",
