@@ -83,6 +83,9 @@ def reference_model(path: Path) -> onnx.ModelProto:
     del model.graph.value_info[:]
     _promote_values((*model.graph.input, *model.graph.output))
     opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    nodes = [part for node in model.graph.node for part in _without_quantize_linear(node)]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
     del model.functions[:]
     model.functions.append(dynamic_quantize_function(opset))
     return model
@@ -116,6 +119,26 @@ def _convert_initializer(tensor: onnx.TensorProto) -> None:
     elif tensor.data_type in (TensorProto.BFLOAT16, TensorProto.FLOAT16):
         promoted = numpy_helper.to_array(tensor).astype(np.float32)
         tensor.CopyFrom(numpy_helper.from_array(promoted, tensor.name))
+
+
+def _without_quantize_linear(node: onnx.NodeProto) -> tuple[onnx.NodeProto, ...]:
+    """Write QuantizeLinear to E4M3 as what it means.
+
+    ONNX Runtime 1.23, the last for Python 3.10, has no CPU kernel of opset 23's QuantizeLinear.
+    """
+    from onnx import TensorProto, helper
+
+    if node.op_type != "QuantizeLinear":
+        return (node,)
+    x, scale, _ = node.input
+    (quantized,) = node.output
+    scaled = f"{quantized}/scaled"
+    return (
+        helper.make_node("Div", [x, scale], [scaled], name=f"{node.name}/Div"),
+        helper.make_node(
+            "Cast", [scaled], [quantized], name=node.name, to=TensorProto.FLOAT8E4M3FN
+        ),
+    )
 
 
 def _promote_attributes(node: onnx.NodeProto) -> None:

@@ -285,7 +285,7 @@ def stored_model(
     ]
     return helper.make_model(
         helper.make_graph(graph.nodes, "g", inputs, outputs, stored + graph.small),
-        opset_imports=[helper.make_opsetid("", 24), helper.make_opsetid("trt", 1)],
+        opset_imports=[helper.make_opsetid("", 23), helper.make_opsetid("trt", 1)],
         ir_version=11,
     )
 
