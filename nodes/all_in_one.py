@@ -13,7 +13,7 @@ from .build import MAX_BATCH, MAX_MEGAPIXELS, MAX_TEXT_TOKENS, TARGET, WORKERS, 
 from .errors import CalibrationMissingError
 from .fingerprint import OutputLedger, file_state
 from .load import BACKEND, MODEL_OUTPUT
-from .quantize import FP8_ATTENTION, RECIPE
+from .quantize import FP8_ATTENTION, RECIPE, source_input
 from .schema import CATEGORY, Samples, description
 
 
@@ -34,12 +34,7 @@ class EngineFromCheckpoint(io.ComfyNode):
             search_aliases=["fp4", "nvfp4", "tensorrt", "trt", "speed up flux", "unet loader"],
             hidden=[io.Hidden.unique_id],
             inputs=[
-                io.Combo.Input(
-                    "checkpoint",
-                    options=paths.source_checkpoints(),
-                    tooltip="FLUX.1 checkpoint in models/diffusion_models: bf16, fp16 or fp32 "
-                    "safetensors in BFL or ComfyUI layout.",
-                ),
+                source_input(),
                 RECIPE,
                 FP8_ATTENTION,
                 TARGET,

@@ -26,6 +26,16 @@ FP8_ATTENTION = io.Boolean.Input(
 )
 
 
+def source_input() -> io.Combo.Input:
+    """Return the input for a FLUX checkpoint, with the files that are there now."""
+    return io.Combo.Input(
+        "checkpoint",
+        options=paths.source_checkpoints(),
+        tooltip="FLUX.1 checkpoint in models/diffusion_models: bf16, fp16 or fp32 "
+        "safetensors in BFL or ComfyUI layout.",
+    )
+
+
 class Quantize(io.ComfyNode):
     """Quantizes a FLUX.1 checkpoint to NVFP4, one block at a time, and writes it to
     models/flux_fp4. Modulation, embedders and the final layer keep their precision. Nothing is done
@@ -44,12 +54,7 @@ class Quantize(io.ComfyNode):
             is_output_node=True,
             hidden=[io.Hidden.unique_id],
             inputs=[
-                io.Combo.Input(
-                    "checkpoint",
-                    options=paths.source_checkpoints(),
-                    tooltip="FLUX.1 checkpoint in models/diffusion_models: bf16, fp16 or fp32 "
-                    "safetensors in BFL or ComfyUI layout.",
-                ),
+                source_input(),
                 Samples.Input(
                     "samples", tooltip="What 'FLUX Calibration Samples' made of your pictures."
                 ),

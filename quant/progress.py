@@ -6,7 +6,3 @@ from collections.abc import Callable
 
 Progress = Callable[[str, int, int], None]
 """``progress(phase, done, total)``. It may raise to cancel; stages clean up and let it through."""
-
-
-def no_progress(phase: str, done: int, total: int) -> None:
-    """Report to nobody."""

@@ -74,7 +74,8 @@ def quantize_checkpoint(
     states = _embed(checkpoint, calibration, device, dtype)
     linears: list[LinearReport] = []
     blocks: list[BlockReport] = []
-    with CheckpointWriter(destination, _layout(checkpoint, options)) as writer:
+    layout = _layout(checkpoint, options)
+    with CheckpointWriter(destination, layout) as writer:
         for done, name in enumerate(config.block_names):
             phase = f"Quantizing {name}"
 
@@ -90,7 +91,7 @@ def quantize_checkpoint(
             linears += quantized.linears
             blocks.append(quantized.report)
         progress("Copying high-precision tensors", total, total)
-        _copy_high_precision(checkpoint, writer)
+        _copy_high_precision(checkpoint, layout, writer)
         metadata = QuantizedMetadata(
             variant=config.variant,
             config=config,
@@ -145,16 +146,13 @@ def _layout(checkpoint: SourceCheckpoint, options: QuantizeOptions) -> Layout:
     return layout
 
 
-def _copy_high_precision(checkpoint: SourceCheckpoint, writer: CheckpointWriter) -> None:
-    quantized = {
-        f"{block}.{linear}.weight"
-        for block in checkpoint.config.block_names
-        for linear in block_linears(block)
-    }
+def _copy_high_precision(
+    checkpoint: SourceCheckpoint, layout: Layout, writer: CheckpointWriter
+) -> None:
     for name in checkpoint.shapes:
-        if name not in quantized:
-            tensor = checkpoint.tensors({name: name}, "cpu")[name]
-            writer.add(name, tensor.to(_stored_dtype(checkpoint, name)))
+        dtype, _ = layout[name]
+        if dtype != torch.uint8:  # packed weights were written block by block
+            writer.add(name, checkpoint.tensors({name: name}, "cpu")[name].to(dtype))
 
 
 def _stored_dtype(checkpoint: SourceCheckpoint, name: str) -> torch.dtype:

@@ -19,8 +19,6 @@ from .spec import ShapeProfile
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
 
 class Executor(Protocol):
     """What runs the blocks: TensorRT or the reference."""
