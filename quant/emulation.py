@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -21,18 +22,50 @@ E4M3's 448 reaches the softmax's largest value 1."""
 
 
 class EmulatedLinear(nn.Module):
-    """A Linear with an NVFP4 weight and dynamically quantized NVFP4 input, computed in fp32."""
+    """A Linear whose weight and input are rounded as stored, multiplied in the input's dtype.
 
-    def __init__(self, weight: NVFP4Weight, bias: Tensor | None, input_scale: Tensor) -> None:
+    Attributes:
+        weight: fp32 ``[N, K]``: what the stored codes stand for.
+        bias: ``[N]`` or None.
+        quantize_input: Rounds ``[..., K]``; None where the input stays in high precision.
+        pre_quant_scale: ``[K]`` by which the input is multiplied first, or None.
+        branch: Low-rank factors ``down [r, K]`` and ``up [N, r]`` or None; they read the
+            multiplied input before it is rounded (SVDQuant, arXiv 2411.05007, eq. 6).
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        quantize_input: Callable[[Tensor], Tensor] | None = None,
+        pre_quant_scale: Tensor | None = None,
+        branch: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         super().__init__()
-        self.weight = weight.dequantize()
-        self.bias = bias
-        self.input_scale = input_scale
+        self.weight, self.bias = weight, bias
+        self.quantize_input = quantize_input
+        self.pre_quant_scale, self.branch = pre_quant_scale, branch
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x [..., K]`` to ``[..., N]`` in ``x``'s dtype."""
-        quantized = fake_quantize_activation(x, self.input_scale)
-        return functional.linear(quantized, self.weight.to(x.dtype), self.bias)
+        if self.pre_quant_scale is not None:
+            x = x * self.pre_quant_scale.to(x.dtype)
+        rounded = x if self.quantize_input is None else self.quantize_input(x)
+        y = functional.linear(rounded, self.weight.to(x.dtype), self.bias)
+        if self.branch is not None:
+            down, up = self.branch
+            y = y + functional.linear(functional.linear(x, down.to(x.dtype)), up.to(x.dtype))
+        return y
+
+    def effective_weight(self) -> Tensor:
+        """Return fp32 ``[N, K]``: what acts on the input, but for the input's rounding."""
+        weight = self.weight
+        if self.branch is not None:
+            down, up = self.branch
+            weight = weight + up.float() @ down.float()
+        if self.pre_quant_scale is not None:
+            weight = weight * self.pre_quant_scale.float()
+        return weight
 
 
 class EmulatedFP8Attention(nn.Module):
@@ -76,10 +109,10 @@ def emulated_block(
     """Return a copy of a block whose Linears and attention round as the plan's do.
 
     Args:
-        block: The block with its biases, norms and modulation.
-        tensors: Quantized tensors by name relative to the block, as in the checkpoint:
-            ``<linear>.weight``, ``.weight_scale``, ``.weight_scale_2``, ``.input_scale``, and
-            ``attention.q_scale``, ``.k_scale``, ``.v_scale`` when attention is FP8.
+        block: The block with its biases, norms, modulation and high-precision Linears.
+        tensors: Quantized tensors by name relative to the block, as in the checkpoint. Every
+            Linear with an ``<linear>.input_scale`` is emulated in its own format; the others stay
+            the block's. ``attention.q_scale``, ``.k_scale``, ``.v_scale`` make attention FP8.
 
     Returns:
         The emulating block; ``block`` is unchanged and shares its other parameters.
@@ -100,14 +133,39 @@ def emulated_block(
 
 
 def emulated_linear(linear: str, tensors: Mapping[str, Tensor], block: nn.Module) -> EmulatedLinear:
-    """Make the emulation of one Linear of a block from its quantized tensors."""
+    """Make the emulation of one Linear of a block from its stored tensors.
+
+    Args:
+        linear: Name relative to the block.
+        tensors: Tensors by name relative to the block; the weight's dtype tells the format: uint8
+            is NVFP4, float8_e4m3fn is FP8, anything else is high precision.
+        block: Where the bias is taken from.
+    """
+    weight = tensors[f"{linear}.weight"]
+    bias: Tensor | None = block.get_submodule(linear).bias  # type: ignore[assignment]
+    if weight.dtype == torch.uint8:
+        return _emulated_nvfp4(linear, tensors, bias)
+    if weight.dtype == torch.float8_e4m3fn:
+        rows = weight.float() * tensors[f"{linear}.weight_scale"][:, None]
+        quantize = partial(fake_quantize_fp8, scale=tensors[f"{linear}.input_scale"])
+        return EmulatedLinear(rows, bias, quantize)
+    return EmulatedLinear(weight.float(), bias)
+
+
+def _emulated_nvfp4(
+    linear: str, tensors: Mapping[str, Tensor], bias: Tensor | None
+) -> EmulatedLinear:
     weight = NVFP4Weight(
         tensors[f"{linear}.weight"],
         tensors[f"{linear}.weight_scale"],
         tensors[f"{linear}.weight_scale_2"],
     )
-    bias = block.get_submodule(linear).bias
-    return EmulatedLinear(weight, bias, tensors[f"{linear}.input_scale"])  # type: ignore[arg-type]
+    quantize = partial(fake_quantize_activation, global_scale=tensors[f"{linear}.input_scale"])
+    branch = None
+    if f"{linear}.svd_down" in tensors:
+        branch = (tensors[f"{linear}.svd_down"], tensors[f"{linear}.svd_up"])
+    smoothing = tensors.get(f"{linear}.pre_quant_scale")
+    return EmulatedLinear(weight.dequantize(), bias, quantize, smoothing, branch)
 
 
 def _copy_tree(module: _Module) -> _Module:
