@@ -77,6 +77,22 @@ class CalibrationError(QuantError):
         )
 
 
+class RecipeError(QuantError):
+    """A recipe cannot be used.
+
+    Attributes:
+        name: Of the recipe or its file.
+        reason: What is wrong with it.
+    """
+
+    def __init__(self, name: str, reason: str) -> None:
+        self.name, self.reason = name, reason
+        super().__init__(
+            f"Recipe '{name}' cannot be used: {reason}. "
+            "Correct the file or choose another recipe in 'Quantize FLUX to FP4'."
+        )
+
+
 class QuantizedCheckpointError(QuantError):
     """A file in the FP4 model folder is not a quantized checkpoint of this version.
 
