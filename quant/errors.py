@@ -10,23 +10,50 @@ class QuantError(Exception):
 
 
 class UnknownCheckpointError(QuantError):
-    """The file holds no FLUX.1 transformer that this version can quantize.
+    """The file holds no FLUX transformer that this version can quantize.
 
     Attributes:
         name: File name of the checkpoint.
         reason: What was found instead.
         missing: FLUX tensors that the file lacks.
+        next_step: What to do instead.
     """
 
-    def __init__(self, name: str, reason: str, missing: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        name: str,
+        reason: str,
+        missing: Sequence[str] = (),
+        next_step: str = "Choose a FLUX diffusion model in 'Quantize FLUX to FP4'.",
+    ) -> None:
         self.name, self.reason, self.missing = name, reason, tuple(missing)
+        self.next_step = next_step
         lacks = ""
         if missing:
-            lacks = f" It lacks {len(missing)} FLUX tensors (first: '{missing[0]}')."
+            first = ", ".join(f"'{tensor}'" for tensor in self.missing[:3])
+            lacks = f" It lacks {len(missing)} FLUX tensors (first: {first})."
         super().__init__(
-            f"'{name}' is not a FLUX.1 transformer in BFL or ComfyUI layout: {reason}.{lacks} "
-            "Choose a FLUX.1 diffusion model in 'Quantize FLUX to FP4'."
+            f"'{name}' is no FLUX transformer that can be quantized: {reason}.{lacks} {next_step}"
         )
+
+
+class DamagedCheckpointError(QuantError):
+    """A FLUX checkpoint contradicts itself: a file, a tensor or a scale is missing or wrong.
+
+    Attributes:
+        name: File name of the checkpoint.
+        reason: What is wrong, with the tensor's name.
+        next_step: What to do about it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        reason: str,
+        next_step: str = "Get the file anew, or choose another one in 'Quantize FLUX to FP4'.",
+    ) -> None:
+        self.name, self.reason, self.next_step = name, reason, next_step
+        super().__init__(f"'{name}' cannot be read: {reason}. {next_step}")
 
 
 class UnsupportedWeightError(QuantError):
@@ -77,6 +104,41 @@ class CalibrationError(QuantError):
         )
 
 
+class NoiseCheckpointError(QuantError):
+    """A model decoded from NVFP4 predicts nothing: its weights were read in the wrong order.
+
+    Attributes:
+        name: Of the checkpoint.
+        layout: As which it was read.
+        velocity_sqnr_db: How well it predicts the velocity of the calibration samples.
+    """
+
+    def __init__(self, name: str, layout: str, velocity_sqnr_db: float) -> None:
+        self.name, self.layout, self.velocity_sqnr_db = name, layout, velocity_sqnr_db
+        super().__init__(
+            f"'{name}' was read as {layout}, and such a model predicts your calibration pictures at "
+            f"{velocity_sqnr_db:.1f} dB; above 0 dB is needed. Either the file orders its FP4 values "
+            "in another way than it says, or the pictures are not encoded for this model. Choose the "
+            "bf16 checkpoint instead, or encode the pictures with the model's own VAE."
+        )
+
+
+class FormatBudgetError(QuantError):
+    """The budget of recipe ``auto`` cannot be kept.
+
+    Attributes:
+        found: What would be needed.
+        limit: The budget.
+    """
+
+    def __init__(self, found: str, limit: str) -> None:
+        self.found, self.limit = found, limit
+        super().__init__(
+            f"Recipe 'auto' cannot keep its budget: {found}; {limit}. "
+            "Raise the size or lower the quality floor in 'Quantize FLUX to FP4'."
+        )
+
+
 class RecipeError(QuantError):
     """A recipe cannot be used.
 
@@ -124,6 +186,21 @@ class DiskFullError(QuantError):
             f"'{name}' needs {needed_bytes / 2**20:,.1f} MiB, but its disk has "
             f"{free_bytes / 2**20:,.1f} MiB left. Nothing was changed; free some space and queue "
             "again."
+        )
+
+
+class CheckpointBusyError(QuantError):
+    """Another process is writing the same quantized checkpoint.
+
+    Attributes:
+        name: File that is being written.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        super().__init__(
+            f"'{name}' is being written by another process right now. "
+            "Wait until that is done and queue again, or enter another name."
         )
 
 
