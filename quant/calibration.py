@@ -111,6 +111,8 @@ class SampleState:
         vec: Modulation input ``[1, D]``.
         cos: fp32 rotary cosines ``[1, T + N, head_dim / 2]``.
         sin: fp32 rotary sines.
+        shared_mods: FLUX.2's modulation vectors ``[1, 15, D]``, see ``block_modulation``; None
+            for FLUX.1.
     """
 
     img: Tensor
@@ -118,6 +120,7 @@ class SampleState:
     vec: Tensor
     cos: Tensor
     sin: Tensor
+    shared_mods: Tensor | None = None
 
 
 def embedded_samples(

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from .config import FluxConfig
-from .layers import JointAttention, Modulation, QKNorm, SelfAttention, apply_rope, modulate
+from .layers import (
+    JointAttention,
+    Modulation,
+    QKNorm,
+    SelfAttention,
+    SiLUGate,
+    apply_rope,
+    modulate,
+)
 
 
 class DoubleStreamBlock(nn.Module):
@@ -15,18 +22,22 @@ class DoubleStreamBlock(nn.Module):
 
     def __init__(self, config: FluxConfig) -> None:
         super().__init__()
-        dim, head_dim = config.hidden_size, config.hidden_size // config.num_heads
+        dim = config.hidden_size
         self.num_heads = config.num_heads
-        self.img_mod = Modulation(dim, 6)
-        self.img_attn = SelfAttention(dim, head_dim, config.qkv_bias)
-        self.img_mlp = _mlp(dim, config.mlp_size)
-        self.txt_mod = Modulation(dim, 6)
-        self.txt_attn = SelfAttention(dim, head_dim, config.qkv_bias)
-        self.txt_mlp = _mlp(dim, config.mlp_size)
+        if not config.shared_modulation:
+            self.img_mod = Modulation(dim, 6)
+            self.txt_mod = Modulation(dim, 6)
+        self.img_attn = SelfAttention(dim, config.head_dim, config.qkv_bias, config.bias)
+        self.img_mlp = _mlp(config)
+        self.txt_attn = SelfAttention(dim, config.head_dim, config.qkv_bias, config.bias)
+        self.txt_mlp = _mlp(config)
         self.attention = JointAttention()
 
     def modulation_vectors(self, vec: Tensor) -> tuple[Tensor, ...]:
-        """Return 12 vectors ``[B, 1, D]``: shift, scale, gate twice for img, then for txt."""
+        """Return 12 vectors ``[B, 1, D]``: shift, scale, gate twice for img, then for txt.
+
+        FLUX.1 only: see ``block_modulation`` for both.
+        """
         return (*self.img_mod(vec), *self.txt_mod(vec))
 
     def forward(
@@ -39,7 +50,7 @@ class DoubleStreamBlock(nn.Module):
             txt: ``[B, T, D]``.
             cos: fp32 ``[B, T + N, head_dim / 2]``, text tokens first.
             sin: As ``cos``.
-            mods: What ``modulation_vectors`` returns.
+            mods: What ``block_modulation`` returns.
 
         Returns:
             ``img [B, N, D]`` and ``txt [B, T, D]``.
@@ -67,15 +78,17 @@ class SingleStreamBlock(nn.Module):
         super().__init__()
         dim = config.hidden_size
         self.num_heads = config.num_heads
-        self.qkv_size, self.mlp_size = 3 * dim, config.mlp_size
-        self.linear1 = nn.Linear(dim, self.qkv_size + self.mlp_size)
-        self.linear2 = nn.Linear(dim + self.mlp_size, dim)
-        self.norm = QKNorm(dim // config.num_heads)
-        self.modulation = Modulation(dim, 3)
+        self.qkv_size, self.mlp_in_size = 3 * dim, config.mlp_in_size
+        self.linear1 = nn.Linear(dim, self.qkv_size + self.mlp_in_size, bias=config.bias)
+        self.mlp_act = _activation(config)
+        self.linear2 = nn.Linear(dim + config.mlp_size, dim, bias=config.bias)
+        self.norm = QKNorm(config.head_dim)
+        if not config.shared_modulation:
+            self.modulation = Modulation(dim, 3)
         self.attention = JointAttention()
 
     def modulation_vectors(self, vec: Tensor) -> tuple[Tensor, ...]:
-        """Return shift, scale and gate, ``[B, 1, D]`` each."""
+        """Return shift, scale and gate, ``[B, 1, D]`` each; FLUX.1 only."""
         vectors: tuple[Tensor, ...] = self.modulation(vec)
         return vectors
 
@@ -83,11 +96,11 @@ class SingleStreamBlock(nn.Module):
         """Run the block on ``x [B, S, D]``; other arguments as in ``DoubleStreamBlock``."""
         shift, scale, gate = mods
         qkv, mlp = self.linear1(modulate(x, shift, scale)).split(
-            (self.qkv_size, self.mlp_size), dim=-1
+            (self.qkv_size, self.mlp_in_size), dim=-1
         )
         q, k, v = _split_heads(qkv, self.num_heads, self.norm)
         attn = self.attention(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v)
-        hidden = torch.cat((attn, functional.gelu(mlp, approximate="tanh")), dim=-1)
+        hidden = torch.cat((attn, self.mlp_act(mlp)), dim=-1)
         return x + gate * self.linear2(hidden)
 
 
@@ -98,10 +111,36 @@ def block_from_config(block: str, config: FluxConfig) -> DoubleStreamBlock | Sin
     return SingleStreamBlock(config)
 
 
-def _mlp(dim: int, hidden_dim: int) -> nn.Sequential:
+def block_modulation(
+    block: DoubleStreamBlock | SingleStreamBlock, vec: Tensor, shared: Tensor | None
+) -> tuple[Tensor, ...]:
+    """Return the vectors ``[B, 1, D]`` that a block is called with.
+
+    Args:
+        block: A block of FLUX.1 or FLUX.2.
+        vec: Modulation input ``[B, D]``: FLUX.1's blocks make their vectors from it.
+        shared: FLUX.2's vectors ``[B, 15, D]``, what ``Embedders.shared_modulation`` returns: 12
+            for every double block, then 3 for every single block. None for FLUX.1.
+
+    Returns:
+        12 vectors for a double block, 3 for a single one.
+    """
+    if shared is None:
+        return block.modulation_vectors(vec)
+    double = isinstance(block, DoubleStreamBlock)
+    return (shared[:, :12] if double else shared[:, 12:]).split(1, dim=1)
+
+
+def _mlp(config: FluxConfig) -> nn.Sequential:
     return nn.Sequential(
-        nn.Linear(dim, hidden_dim), nn.GELU(approximate="tanh"), nn.Linear(hidden_dim, dim)
+        nn.Linear(config.hidden_size, config.mlp_in_size, bias=config.bias),
+        _activation(config),
+        nn.Linear(config.mlp_size, config.hidden_size, bias=config.bias),
     )
+
+
+def _activation(config: FluxConfig) -> nn.Module:
+    return SiLUGate() if config.gated_mlp else nn.GELU(approximate="tanh")
 
 
 def _split_heads(qkv: Tensor, num_heads: int, norm: QKNorm) -> tuple[Tensor, Tensor, Tensor]:

@@ -88,10 +88,10 @@ class QKNorm(nn.Module):
 class MLPEmbedder(nn.Module):
     """Two Linears around SiLU that embed timestep, guidance and pooled text."""
 
-    def __init__(self, in_dim: int, hidden_dim: int) -> None:
+    def __init__(self, in_dim: int, hidden_dim: int, bias: bool = True) -> None:
         super().__init__()
-        self.in_layer = nn.Linear(in_dim, hidden_dim)
-        self.out_layer = nn.Linear(hidden_dim, hidden_dim)
+        self.in_layer = nn.Linear(in_dim, hidden_dim, bias=bias)
+        self.out_layer = nn.Linear(hidden_dim, hidden_dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Embed ``x [B, in_dim]`` as ``[B, hidden_dim]``."""
@@ -100,12 +100,12 @@ class MLPEmbedder(nn.Module):
 
 
 class Modulation(nn.Module):
-    """Shift, scale and gate vectors of a block."""
+    """Shift, scale and gate vectors of a block, or of all blocks of a kind."""
 
-    def __init__(self, dim: int, vectors: int) -> None:
+    def __init__(self, dim: int, vectors: int, bias: bool = True) -> None:
         super().__init__()
         self.vectors = vectors
-        self.lin = nn.Linear(dim, vectors * dim)
+        self.lin = nn.Linear(dim, vectors * dim, bias=bias)
 
     def forward(self, vec: Tensor) -> tuple[Tensor, ...]:
         """Return ``vectors`` tensors ``[B, 1, D]`` from ``vec [B, D]``."""
@@ -115,11 +115,20 @@ class Modulation(nn.Module):
 class SelfAttention(nn.Module):
     """The Linears and norms of one stream's attention."""
 
-    def __init__(self, dim: int, head_dim: int, qkv_bias: bool) -> None:
+    def __init__(self, dim: int, head_dim: int, qkv_bias: bool, proj_bias: bool = True) -> None:
         super().__init__()
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.norm = QKNorm(head_dim)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim, bias=proj_bias)
+
+
+class SiLUGate(nn.Module):
+    """The activation of FLUX.2's MLPs: one half, through SiLU, times the other half."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Halve ``x [..., 2 * dim]`` to ``[..., dim]``; the first half is the gate."""
+        gate, value = x.chunk(2, dim=-1)
+        return functional.silu(gate) * value
 
 
 class JointAttention(nn.Module):

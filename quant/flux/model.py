@@ -6,25 +6,35 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .blocks import DoubleStreamBlock, SingleStreamBlock
+from .blocks import DoubleStreamBlock, SingleStreamBlock, block_modulation
 from .config import FluxConfig
-from .layers import MLPEmbedder, modulate, rope_cos_sin, timestep_embedding
+from .layers import MLPEmbedder, Modulation, modulate, rope_cos_sin, timestep_embedding
 
 
 class Embedders(nn.Module):
-    """What turns latents, text and timestep into tokens and the modulation vector."""
+    """What turns latents, text and timestep into tokens and modulation."""
 
     def __init__(self, config: FluxConfig) -> None:
         super().__init__()
-        dim = config.hidden_size
-        self.img_in = nn.Linear(config.in_channels * config.patch_size**2, dim)
-        self.txt_in = nn.Linear(config.context_in_dim, dim)
-        self.time_in = MLPEmbedder(256, dim)
-        self.vector_in = MLPEmbedder(config.vec_in_dim, dim)
-        self.guidance_in = MLPEmbedder(256, dim) if config.guidance_embed else None
+        dim, bias = config.hidden_size, config.bias
+        self.img_in = nn.Linear(config.in_channels * config.patch_size**2, dim, bias=bias)
+        self.txt_in = nn.Linear(config.context_in_dim, dim, bias=bias)
+        self.time_in = MLPEmbedder(256, dim, bias)
+        self.vector_in = MLPEmbedder(config.vec_in_dim, dim) if config.vec_in_dim else None
+        self.guidance_in = MLPEmbedder(256, dim, bias) if config.guidance_embed else None
+        if config.shared_modulation:
+            self.double_stream_modulation_img = Modulation(dim, 6, bias=False)
+            self.double_stream_modulation_txt = Modulation(dim, 6, bias=False)
+            self.single_stream_modulation = Modulation(dim, 3, bias=False)
+        self._shares_modulation = config.shared_modulation
 
     def embed(
-        self, img: Tensor, txt: Tensor, timesteps: Tensor, y: Tensor, guidance: Tensor | None
+        self,
+        img: Tensor,
+        txt: Tensor,
+        timesteps: Tensor,
+        y: Tensor | None,
+        guidance: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Embed the inputs of one step.
 
@@ -32,7 +42,7 @@ class Embedders(nn.Module):
             img: Latent patches ``[B, N, patch**2 * C]``.
             txt: Text encoder states ``[B, T, context_in_dim]``.
             timesteps: ``[B]`` in ``[0, 1]``.
-            y: Pooled text ``[B, vec_in_dim]``.
+            y: Pooled text ``[B, vec_in_dim]``; ignored by a model that takes none.
             guidance: ``[B]``, or None for a model without guidance embedding.
 
         Returns:
@@ -41,7 +51,21 @@ class Embedders(nn.Module):
         vec = self.time_in(timestep_embedding(timesteps).to(img.dtype))
         if self.guidance_in is not None and guidance is not None:
             vec = vec + self.guidance_in(timestep_embedding(guidance).to(img.dtype))
-        return self.img_in(img), self.txt_in(txt), vec + self.vector_in(y)
+        if self.vector_in is not None:
+            vec = vec + self.vector_in(y)
+        return self.img_in(img), self.txt_in(txt), vec
+
+    def shared_modulation(self, vec: Tensor) -> Tensor | None:
+        """Return FLUX.2's modulation vectors from ``vec [B, D]``; None where blocks have theirs.
+
+        They are ``[B, 15, D]``: six for the image stream of double blocks, six for their text
+        stream, three for single blocks.
+        """
+        if not self._shares_modulation:
+            return None
+        img, txt = self.double_stream_modulation_img, self.double_stream_modulation_txt
+        vectors = (*img(vec), *txt(vec), *self.single_stream_modulation(vec))
+        return torch.cat(vectors, dim=1)
 
 
 class LastLayer(nn.Module):
@@ -49,9 +73,9 @@ class LastLayer(nn.Module):
 
     def __init__(self, config: FluxConfig) -> None:
         super().__init__()
-        dim = config.hidden_size
-        self.linear = nn.Linear(dim, config.out_channels * config.patch_size**2)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+        dim, bias = config.hidden_size, config.bias
+        self.linear = nn.Linear(dim, config.out_channels * config.patch_size**2, bias=bias)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim, bias=bias))
 
     def forward(self, x: Tensor, vec: Tensor) -> Tensor:
         """Project ``x [B, N, D]`` to ``[B, N, patch**2 * C]``."""
@@ -79,18 +103,18 @@ class Flux(Embedders):
         txt: Tensor,
         txt_ids: Tensor,
         timesteps: Tensor,
-        y: Tensor,
+        y: Tensor | None,
         guidance: Tensor | None = None,
     ) -> Tensor:
         """Predict the velocity of latent patches.
 
         Args:
             img: ``[B, N, patch**2 * C]``.
-            img_ids: ``[B, N, 3]``, see ``image_ids``.
+            img_ids: ``[B, N, axes]``, see ``image_ids``.
             txt: ``[B, T, context_in_dim]``.
-            txt_ids: ``[B, T, 3]``, zeros.
+            txt_ids: ``[B, T, axes]``, see ``text_ids``.
             timesteps: ``[B]``.
-            y: ``[B, vec_in_dim]``.
+            y: ``[B, vec_in_dim]``, or None for a model without pooled text.
             guidance: ``[B]`` or None.
 
         Returns:
@@ -99,11 +123,12 @@ class Flux(Embedders):
         img, txt, vec = self.embed(img, txt, timesteps, y, guidance)
         ids = torch.cat((txt_ids, img_ids), dim=1)
         cos, sin = rope_cos_sin(ids, self.config.axes_dim, self.config.theta)
+        shared = self.shared_modulation(vec)
         for block in self.double_blocks:
-            img, txt = block(img, txt, cos, sin, block.modulation_vectors(vec))  # type: ignore[operator]
+            img, txt = block(img, txt, cos, sin, block_modulation(block, vec, shared))  # type: ignore[arg-type]
         x = torch.cat((txt, img), dim=1)
         for block in self.single_blocks:
-            x = block(x, cos, sin, block.modulation_vectors(vec))  # type: ignore[operator]
+            x = block(x, cos, sin, block_modulation(block, vec, shared))  # type: ignore[arg-type]
         velocity: Tensor = self.final_layer(x[:, txt.shape[1] :], vec)
         return velocity
 
@@ -126,10 +151,30 @@ def unpatchify(patches: Tensor, height: int, width: int, patch_size: int = 2) ->
     return functional.pixel_shuffle(grid, patch_size)[..., :height, :width]
 
 
-def image_ids(height: int, width: int, batch: int = 1, patch_size: int = 2) -> Tensor:
-    """Return positions ``[batch, N, 3]`` of the patches of a ``height`` x ``width`` latent."""
+def image_ids(
+    height: int, width: int, batch: int = 1, patch_size: int = 2, axes: int = 3
+) -> Tensor:
+    """Return positions ``[batch, N, axes]`` of the patches of a ``height`` x ``width`` latent."""
     rows, columns = -(-height // patch_size), -(-width // patch_size)
-    grid = torch.zeros(rows, columns, 3)
+    grid = torch.zeros(rows, columns, axes)
     grid[..., 1] = torch.arange(rows)[:, None]
     grid[..., 2] = torch.arange(columns)[None, :]
-    return grid.reshape(1, -1, 3).expand(batch, -1, -1)
+    return grid.reshape(1, -1, axes).expand(batch, -1, -1)
+
+
+def text_ids(length: int, config: FluxConfig, batch: int = 1) -> Tensor:
+    """Return positions ``[batch, length, axes]`` of text tokens (ComfyUI 0.30, ``Flux._forward``).
+
+    FLUX.1 puts all of them at the origin, FLUX.2 counts them along its last axis.
+    """
+    ids = torch.zeros(batch, length, len(config.axes_dim))
+    for axis in config.txt_ids_dims:
+        ids[..., axis] = torch.arange(length)
+    return ids
+
+
+def tensor_shapes(config: FluxConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of a transformer by its name in BFL's checkpoints."""
+    with torch.device("meta"):
+        state = Flux(config).state_dict()
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
