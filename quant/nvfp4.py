@@ -2,30 +2,52 @@
 
 A value is ``code * block_scale * global_scale``. Packing is bit-exact with ModelOpt 0.47's
 ``NVFP4QuantExporter`` (tested against the installed ModelOpt), done in row chunks that stay in
-cache: one weight of FLUX takes a tenth of the time and no fp32 copy of the whole tensor.
+cache, without an fp32 copy of the whole tensor. ``nvfp4_scales`` chooses the scales.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from .e2m1 import (
+    E2M1_MAX,
+    decode_e2m1,
+    encode_e2m1,
+    pack_codes,
+    round_to_e2m1,
+    unpack_codes,
+)
 from .errors import NotFiniteError, UnsupportedWeightError
+from .nvfp4_scales import (
+    E4M3_MAX,
+    NVFP4_BLOCK,
+    SEARCH_SCALE_MAX,
+    four_over_six_scale,
+    global_scale_from_amax,
+    largest_value_scale,
+    least_error_scale,
+)
 
-NVFP4_BLOCK = 16
-"""Elements along K that share a block scale (OCP/NVIDIA NVFP4)."""
+__all__ = [
+    "E2M1_MAX",
+    "E4M3_MAX",
+    "NVFP4_BLOCK",
+    "NVFP4Weight",
+    "Search",
+    "check_source_dtype",
+    "fake_quantize_activation",
+    "finite_amax",
+    "quantize_weight",
+]
 
-E2M1_MAX = 6.0
-E4M3_MAX = 448.0
-E4M3_TINY = 2.0**-9
-"""Smallest positive E4M3 value; ModelOpt 0.47 clamps block scales to it."""
+Search = Literal["max", "four-over-six", "mse"]
+"""How block scales are chosen: from the largest value of the block, from the better of two, or the
+best of all."""
 
-E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-"""Magnitude by the low three bits of a code; bit 3 is the sign."""
-
-_E2M1_MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 _ROWS_PER_CHUNK = 64
 _SOURCE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -51,90 +73,76 @@ class NVFP4Weight:
         return (values * scale[..., None]).flatten(-2)
 
 
-def encode_e2m1(x: Tensor) -> Tensor:
-    """Round to the nearest E2M1 value, ties to the even code, saturating at 6.
-
-    Args:
-        x: fp32 of any shape.
-
-    Returns:
-        uint8 codes 0 to 15 of the same shape. A negative value that rounds to zero keeps its sign
-        bit, minus zero does not, as in ModelOpt's ``NVFP4QTensor._cast_fp4``.
-    """
-    magnitude = x.abs()
-    code = (x < 0).to(torch.uint8) << 3
-    for index, midpoint in enumerate(_E2M1_MIDPOINTS):
-        # the code above a midpoint is index + 1: at a tie it wins where it is the even one
-        passed = magnitude >= midpoint if index % 2 else magnitude > midpoint
-        code += passed.to(torch.uint8)
-    return code
-
-
-def decode_e2m1(codes: Tensor) -> Tensor:
-    """Return the fp32 values of uint8 codes 0 to 15."""
-    values = torch.tensor(E2M1_VALUES, device=codes.device)
-    return torch.cat((values, -values))[codes.int()]
-
-
-def pack_codes(codes: Tensor) -> Tensor:
-    """Pack ``[..., K]`` codes two to a byte, even element in the low nibble."""
-    return codes[..., 0::2] | (codes[..., 1::2] << 4)
-
-
-def unpack_codes(packed: Tensor) -> Tensor:
-    """Undo ``pack_codes``."""
-    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
-
-
-def global_scale_from_amax(amax: Tensor) -> Tensor:
-    """Return ``amax / (6 * 448)``, or 1 for an all-zero tensor, in fp32.
-
-    ModelOpt 0.47 ``onnx/quantization/quant_utils.py::get_weights_scaling_factor_2``.
-    """
-    scale = amax.float() / (E2M1_MAX * E4M3_MAX)
-    return torch.where(scale == 0, torch.ones_like(scale), scale)
-
-
-def quantize_weight(weight: Tensor, linear: str) -> NVFP4Weight:
-    """Quantize a Linear weight by its own amax.
+def quantize_weight(
+    weight: Tensor, linear: str, search: Search = "max", importance: Tensor | None = None
+) -> NVFP4Weight:
+    """Quantize a Linear weight.
 
     Args:
         weight: ``[N, K]``, bf16, fp16 or fp32, on any device.
         linear: Name for errors.
+        search: ``max`` is ModelOpt's default, bit for bit. ``four-over-six`` maps the largest value
+            of a block to 6 or to 4, whichever has the smaller squared error (arXiv:2512.02010).
+            ``mse`` takes the E4M3 scale with the smallest squared error of all.
+        importance: ``[K]``, not negative: weighs the squared error of each input channel, for
+            example by the mean of the squared input. ``max`` looks at no error and ignores it.
 
     Returns:
         The packed weight on the same device.
 
     Raises:
         UnsupportedWeightError: K is not a multiple of 16, or the dtype is none of the three.
-        NotFiniteError: The weight holds NaN or infinity.
+        NotFiniteError: The weight or the importance holds NaN or infinity.
+        ValueError: ``importance`` has another shape.
     """
+    check_source_dtype(weight, linear)
+    _check_columns(weight, linear)
+    amax = finite_amax(weight, f"The weight of '{linear}'")
+    block_scale_max = E4M3_MAX if search == "max" else SEARCH_SCALE_MAX
+    global_scale = global_scale_from_amax(amax, block_scale_max)
+    if importance is not None:
+        importance = _checked_importance(importance, weight, linear)
+    rows, columns = weight.shape
+    packed = torch.empty(rows, columns // 2, dtype=torch.uint8, device=weight.device)
+    block_scale = torch.empty(
+        rows, columns // NVFP4_BLOCK, dtype=torch.float8_e4m3fn, device=weight.device
+    )
+    for start in range(0, rows, _ROWS_PER_CHUNK):
+        chunk = slice(start, start + _ROWS_PER_CHUNK)
+        values = weight[chunk].float()
+        magnitude = values.abs()
+        if search == "max":
+            scale = largest_value_scale(magnitude, global_scale)
+        elif search == "four-over-six":
+            scale = four_over_six_scale(magnitude, global_scale, importance)
+        else:
+            scale = least_error_scale(magnitude, global_scale, importance)
+        step = scale.float() * global_scale
+        scaled = values.unflatten(-1, (-1, NVFP4_BLOCK)) / step[..., None]
+        packed[chunk] = pack_codes(encode_e2m1(scaled.flatten(-2)))
+        block_scale[chunk] = scale
+    return NVFP4Weight(packed, block_scale, global_scale)
+
+
+def check_source_dtype(weight: Tensor, linear: str) -> None:
+    """Raise ``UnsupportedWeightError`` for a weight that is not bf16, fp16 or fp32."""
     if weight.dtype not in _SOURCE_DTYPES:
         raise UnsupportedWeightError(
             linear, f"its weight is {weight.dtype}", "bf16, fp16 or fp32 is needed"
         )
-    rows, columns = weight.shape
-    if columns % NVFP4_BLOCK:
-        raise UnsupportedWeightError(
-            linear, f"it has {columns} inputs", f"a multiple of {NVFP4_BLOCK} is needed"
-        )
-    amax = weight.abs().amax().float()
+
+
+def finite_amax(tensor: Tensor, subject: str) -> Tensor:
+    """Return the largest magnitude as an fp32 scalar.
+
+    Raises:
+        NotFiniteError: ``subject`` holds NaN or infinity.
+    """
+    low, high = torch.aminmax(tensor)
+    amax = torch.maximum(-low, high).float()
     if not torch.isfinite(amax):
-        raise NotFiniteError(f"The weight of '{linear}'", "The checkpoint is damaged; get it anew.")
-    global_scale = global_scale_from_amax(amax)
-    device = weight.device
-    packed = torch.empty(rows, columns // 2, dtype=torch.uint8, device=device)
-    block_scale = torch.empty(
-        rows, columns // NVFP4_BLOCK, dtype=torch.float8_e4m3fn, device=device
-    )
-    for start in range(0, rows, _ROWS_PER_CHUNK):
-        chunk = slice(start, start + _ROWS_PER_CHUNK)
-        blocks = weight[chunk].float().unflatten(-1, (-1, NVFP4_BLOCK))
-        scale = _weight_block_scale(blocks, global_scale)
-        scaled = blocks / (scale.float() * global_scale)[..., None]
-        packed[chunk] = pack_codes(encode_e2m1(scaled).flatten(-2))
-        block_scale[chunk] = scale
-    return NVFP4Weight(packed, block_scale, global_scale)
+        raise NotFiniteError(subject, "The checkpoint is damaged; get it anew.")
+    return amax
 
 
 def fake_quantize_activation(x: Tensor, global_scale: Tensor) -> Tensor:
@@ -149,14 +157,23 @@ def fake_quantize_activation(x: Tensor, global_scale: Tensor) -> Tensor:
         The dequantized activations.
     """
     blocks = x.float().unflatten(-1, (-1, NVFP4_BLOCK))
-    scale = blocks.abs().amax(-1, keepdim=True) / (E2M1_MAX * global_scale)
+    magnitude = blocks.abs()
+    scale = magnitude.amax(-1, keepdim=True) / (E2M1_MAX * global_scale)
     step = scale.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).float() * global_scale
-    scaled = torch.where(step > 0, blocks / step, torch.zeros_like(blocks))
-    return (decode_e2m1(encode_e2m1(scaled)) * step).flatten(-2).to(x.dtype)
+    scaled = torch.where(step > 0, magnitude / step, torch.zeros_like(magnitude))
+    return (round_to_e2m1(scaled) * step).copysign_(blocks).flatten(-2).to(x.dtype)
 
 
-def _weight_block_scale(blocks: Tensor, global_scale: Tensor) -> Tensor:
-    # amax / (6 * g) in this order: amax / 6 / g flips E4M3 ties against ModelOpt
-    scale = blocks.abs().amax(-1) / (E2M1_MAX * global_scale)
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    return scale.clamp(E4M3_TINY, E4M3_MAX).to(torch.float8_e4m3fn)
+def _check_columns(weight: Tensor, linear: str) -> None:
+    columns = weight.shape[-1]
+    if columns % NVFP4_BLOCK:
+        raise UnsupportedWeightError(
+            linear, f"it has {columns} inputs", f"a multiple of {NVFP4_BLOCK} is needed"
+        )
+
+
+def _checked_importance(importance: Tensor, weight: Tensor, linear: str) -> Tensor:
+    if importance.shape != weight.shape[1:]:
+        raise ValueError(f"importance is {list(importance.shape)}, the weight {list(weight.shape)}")
+    finite_amax(importance, f"The input importance of '{linear}'")
+    return importance.float()

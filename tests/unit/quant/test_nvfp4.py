@@ -4,17 +4,15 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from flux_fp4.quant.errors import NotFiniteError, UnsupportedWeightError
-from flux_fp4.quant.nvfp4 import (
+from flux_fp4.quant.e2m1 import (
     E2M1_VALUES,
-    NVFP4Weight,
     decode_e2m1,
     encode_e2m1,
-    fake_quantize_activation,
     pack_codes,
-    quantize_weight,
     unpack_codes,
 )
+from flux_fp4.quant.errors import NotFiniteError, UnsupportedWeightError
+from flux_fp4.quant.nvfp4 import NVFP4Weight, fake_quantize_activation, quantize_weight
 from flux_fp4.quant.sqnr import sqnr_db
 from onnx import TensorProto, helper, numpy_helper
 

@@ -1,0 +1,65 @@
+"""E2M1, the 4-bit floating point values of NVFP4, by arithmetic on the bits of fp32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+E2M1_MAX = 6.0
+
+E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""Magnitude by the low three bits of a code; bit 3 is the sign."""
+
+_FLOAT_EXPONENT = 0x7F800000
+"""The exponent bits of an fp32."""
+
+_ROUNDER = 2.0**22
+"""fp32 numbers from 2**22 to 2**23 are 0.5 apart: adding it rounds to halves, ties to even."""
+
+
+def encode_e2m1(x: Tensor) -> Tensor:
+    """Round to the nearest E2M1 value, ties to the even code, saturating at 6.
+
+    Args:
+        x: fp32 of any shape, no NaN.
+
+    Returns:
+        uint8 codes 0 to 15 of the same shape. A negative value that rounds to zero keeps its sign
+        bit, minus zero does not, as in ModelOpt's ``NVFP4QTensor._cast_fp4``.
+    """
+    magnitude = x.abs().clamp_(max=E2M1_MAX)
+    bits = magnitude.add_(_rounder(magnitude)).view(torch.int32)
+    # mantissa: value in steps of its binade; exponent 149, 150 or 151: the binade of 1, 2 or 4
+    codes = (bits >> 22).add_(bits).sub_(2 * 149)
+    negative = (x + 0.0).view(torch.int32) >> 31  # -1 or 0; adding zero makes minus zero plus
+    return codes.sub_(negative, alpha=8).to(torch.uint8).bitwise_and_(15)
+
+
+def round_to_e2m1(magnitude: Tensor) -> Tensor:
+    """Round fp32 magnitudes to the nearest E2M1 value, ties to the even code, saturating at 6."""
+    clamped = magnitude.clamp(max=E2M1_MAX)
+    rounder = _rounder(clamped)
+    return clamped.add_(rounder).sub_(rounder)
+
+
+def _rounder(magnitude: Tensor) -> Tensor:
+    # E2M1 is spaced 0.5 up to 2, 1 up to 4, 2 up to 6: half of the power of two below, at least 0.5
+    binade = magnitude.clamp(min=1.0).view(torch.int32).bitwise_and_(_FLOAT_EXPONENT)
+    return binade.view(torch.float32).mul_(_ROUNDER)
+
+
+def decode_e2m1(codes: Tensor) -> Tensor:
+    """Return the fp32 values of uint8 codes 0 to 15."""
+    values = torch.tensor(E2M1_VALUES, device=codes.device)
+    return torch.cat((values, -values))[codes.int()]
+
+
+def pack_codes(codes: Tensor) -> Tensor:
+    """Pack ``[..., K]`` codes two to a byte, even element in the low nibble."""
+    pairs = codes.contiguous().view(torch.int16)
+    return (pairs >> 4).bitwise_or_(pairs).to(torch.uint8)
+
+
+def unpack_codes(packed: Tensor) -> Tensor:
+    """Undo ``pack_codes``."""
+    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
