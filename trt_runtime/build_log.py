@@ -1,6 +1,7 @@
-"""Lint of the builder's log: did every Linear become an FP4 GEMM and the attention an FP8 kernel?
+"""Lint of the builder's log: is every Linear a GEMM of its format, and attention an FP8 kernel?
 
-TensorRT builds some FP4 graphs without a word as high-precision GEMMs fed by a dequantized weight.
+TensorRT builds some FP4 and FP8 graphs without a word as high-precision GEMMs fed by a dequantized
+weight.
 The builder prints its layers through the documented ILogger when ProfilingVerbosity.DETAILED is
 set, with operand types and the ONNX nodes of each layer. The text format is pinned by tests for
 TensorRT-RTX 1.7; plan files are never read.
@@ -38,9 +39,15 @@ class BuiltLayer:
     onnx_nodes: tuple[str, ...]
 
     @property
-    def is_fp4_gemm(self) -> bool:
-        """Both matrices are FP4; their scales are FP8 operands."""
-        return self.type in GEMM_TYPES and [*self.inputs, *self.constants].count(FP4) >= 2
+    def gemm_format(self) -> str:
+        """FP4 or FP8 for a GEMM both of whose matrices are of that type, else empty."""
+        operands = [*self.inputs, *self.constants]
+        if self.type not in GEMM_TYPES:
+            return ""
+        if FP4 in operands:
+            # its scales are FP8 operands
+            return FP4 if operands.count(FP4) >= 2 else ""
+        return FP8 if operands.count(FP8) >= 2 else ""
 
     @property
     def is_fp8_attention(self) -> bool:
@@ -49,8 +56,8 @@ class BuiltLayer:
 
     @property
     def unpacks_weight(self) -> bool:
-        """A generated kernel that reads an FP4 weight only to write it in high precision."""
-        return self.type not in GEMM_TYPES and FP4 in self.constants
+        """A generated kernel that reads a quantized weight to write it in high precision."""
+        return self.type not in GEMM_TYPES and (FP4 in self.constants or FP8 in self.constants)
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,8 @@ class LintCounts:
 
     fp4_gemms_expected: int
     fp4_gemms_found: int
+    fp8_gemms_expected: int
+    fp8_gemms_found: int
     fp8_mha_expected: int
     fp8_mha_found: int
 
@@ -80,19 +89,26 @@ def activation_bytes(messages: Iterable[str]) -> int:
 
 
 def lint_build(
-    block: str, layers: Sequence[BuiltLayer], fp4_linears: Sequence[str], fp8_attention: bool
+    block: str,
+    layers: Sequence[BuiltLayer],
+    fp4_linears: Sequence[str],
+    fp8_linears: Sequence[str],
+    fp8_attention: bool,
 ) -> LintCounts:
     """Check a plan's layers against what its ONNX file promised.
 
+    A Linear that is in neither list is high precision and may become any GEMM.
+
     Raises:
-        EngineLintError: it names each Linear that is not an FP4 GEMM, and "attention" for a lost
-            FP8 kernel.
+        EngineLintError: it names each Linear that is not a GEMM of its format, and "attention" for
+            a lost FP8 kernel.
     """
     problems = {}
-    for linear in fp4_linears:
-        problem = _problem_of_linear(linear, layers)
-        if problem:
-            problems[linear] = problem
+    for linears, expected in ((fp4_linears, FP4), (fp8_linears, FP8)):
+        for linear in linears:
+            problem = _problem_of_linear(linear, layers, expected)
+            if problem:
+                problems[linear] = problem
     for layer in layers:
         for linear in _unpacked_linears(layer):
             problems.setdefault(linear, "its weight is dequantized by a separate kernel")
@@ -103,19 +119,20 @@ def lint_build(
         if not layers:
             problems = {"log": "the builder printed no layer list, so nothing can be checked"}
         raise EngineLintError(block, problems)
-    gemms = len(fp4_linears)
-    return LintCounts(gemms, gemms, int(fp8_attention), found)
+    fp4, fp8 = len(fp4_linears), len(fp8_linears)
+    return LintCounts(fp4, fp4, fp8, fp8, int(fp8_attention), found)
 
 
-def _problem_of_linear(linear: str, layers: Sequence[BuiltLayer]) -> str:
+def _problem_of_linear(linear: str, layers: Sequence[BuiltLayer], expected: str) -> str:
     node = f"{linear}/MatMul"
-    mine = [layer for layer in layers if node in layer.onnx_nodes]
-    if any(layer.is_fp4_gemm for layer in mine):
-        return ""
-    gemm = next((layer for layer in mine if layer.type in GEMM_TYPES), None)
-    if gemm is None:
+    gemms = [layer for layer in layers if layer.type in GEMM_TYPES and node in layer.onnx_nodes]
+    if not gemms:
         return "no GEMM was built for it"
-    operands = " x ".join((*gemm.inputs[:1], *(gemm.constants or gemm.inputs[1:])[:1]))
+    # the builder may split a Linear into several GEMMs: each must have the format
+    wrong = next((gemm for gemm in gemms if gemm.gemm_format != expected), None)
+    if wrong is None:
+        return ""
+    operands = " x ".join((*wrong.inputs[:1], *(wrong.constants or wrong.inputs[1:])[:1]))
     return f"runs as a {operands} GEMM"
 
 

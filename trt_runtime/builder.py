@@ -11,7 +11,13 @@ from pathlib import Path
 
 from .backend import Backend, Gpu, load_backend, probe_gpu
 from .digest import digest_of_fields, digest_of_file, digest_of_ranges
-from .errors import BuildSpecError, EngineMismatchError, EngineTargetError, ManifestInvalidError
+from .errors import (
+    BuildSpecError,
+    EngineMismatchError,
+    EngineTargetError,
+    FormatTargetError,
+    ManifestInvalidError,
+)
 from .manifest import (
     MANIFEST,
     UNFINISHED,
@@ -26,7 +32,14 @@ from .manifest import (
 from .plan import SETTINGS_VERSION, BuildJob, BuiltPlan
 from .progress import Progress
 from .signature import BlockSignature, read_block_folder
-from .spec import FP4_TARGETS, FP8_ATTENTION_MIN_TOKENS, BuildSpec, ShapeProfile
+from .spec import (
+    BF16_MIN_SM,
+    FP4_TARGETS,
+    FP8_ATTENTION_MIN_TOKENS,
+    FP8_MIN_SM,
+    BuildSpec,
+    ShapeProfile,
+)
 from .store import locked, remove_temporaries
 from .worker_process import build_plans
 
@@ -108,15 +121,44 @@ def plan_key(onnx_digest: str, weights_digest: str, backend: Backend, spec: Buil
 
 
 def _check_targets(backend: Backend, spec: BuildSpec, signatures: Sequence[BlockSignature]) -> None:
-    if any(signature.fp4_linears for signature in signatures):
-        without = [target for target in spec.targets if target not in FP4_TARGETS]
-        if without:
-            raise BuildSpecError(
-                f"Target '{without[0]}' has no FP4 tensor cores and this checkpoint is NVFP4; "
-                f"choose from {', '.join(FP4_TARGETS)}."
-            )
+    for target in spec.targets:
+        for signature in signatures:
+            check_formats(target, signature)
     if not backend.chooses_targets:
         _check_own_gpu(spec, probe_gpu())
+
+
+def check_formats(target: str, signature: BlockSignature) -> None:
+    """Refuse what a target's tensor cores cannot multiply.
+
+    TensorRT-RTX 1.7 would refuse it after loading all weights: "HW-specific datatypes".
+
+    Raises:
+        FormatTargetError: it names the recipe or option to choose instead.
+        BuildSpecError: the target runs no recipe at all.
+    """
+    sm = int(target.removeprefix("sm"))
+    without_fp8 = sm < FP8_MIN_SM
+    if signature.fp4_linears and target not in FP4_TARGETS:
+        raise FormatTargetError(
+            target,
+            f"the NVFP4 weights of '{signature.block}'",
+            f"one of {', '.join(FP4_TARGETS)}",
+            f"recipe '{'bf16' if without_fp8 else 'fp8'}'",
+        )
+    if signature.fp8_linears and without_fp8:
+        weights = f"the FP8 weights of '{signature.block}'"
+        raise FormatTargetError(target, weights, f"sm{FP8_MIN_SM} or newer", "recipe 'bf16'")
+    if signature.fp8_attention and without_fp8:
+        attention = f"the FP8 attention of '{signature.block}'"
+        raise FormatTargetError(
+            target, attention, f"sm{FP8_MIN_SM} or newer", "switch FP8 attention off"
+        )
+    if signature.high_precision == "bf16" and sm < BF16_MIN_SM:
+        raise BuildSpecError(
+            f"Target '{target}' cannot run bf16, which every recipe uses; choose sm{BF16_MIN_SM} "
+            "or newer."
+        )
 
 
 def _check_fp8_minimum(spec: BuildSpec, signatures: Sequence[BlockSignature]) -> None:
@@ -235,6 +277,8 @@ class _Build:
             digest="0" * 64,
             fp4_gemms_expected=0,
             fp4_gemms_found=0,
+            fp8_gemms_expected=0,
+            fp8_gemms_found=0,
             fp8_mha_expected=0,
             fp8_mha_found=0,
             activation_bytes=0,
@@ -250,6 +294,7 @@ class _Build:
             targets=self.spec.targets,
             profile=profile_shapes(signature, self.spec.profile),
             fp4_linears=signature.fp4_linears,
+            fp8_linears=signature.fp8_linears,
             fp8_attention=signature.fp8_attention,
         )
 

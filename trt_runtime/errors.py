@@ -40,6 +40,17 @@ class BuildSpecError(EngineError, ValueError):
     """A target, a profile or a worker count that cannot be built."""
 
 
+class FormatTargetError(BuildSpecError):
+    """A target whose tensor cores cannot multiply a format of the checkpoint."""
+
+    def __init__(self, target: str, what: str, needs: str, instead: str) -> None:
+        self.target, self.what, self.needs, self.instead = target, what, needs, instead
+        super().__init__(
+            f"Target '{target}' cannot run {what}: that needs {needs}. Choose such a target, or "
+            f'{instead} in "Quantize FLUX to FP4".'
+        )
+
+
 class ShapeProfileError(EngineError):
     """Token counts outside the range that an engine was built for."""
 
@@ -110,7 +121,7 @@ class PlanBuildError(EngineError):
 
 
 class EngineLintError(EngineError):
-    """A plan that would not run as NVFP4: it built, but it is not what was asked for."""
+    """A plan that would not run in its formats: it built, but it is not what was asked for."""
 
     def __init__(self, block: str, problems: dict[str, str]) -> None:
         self.block, self.problems = block, dict(problems)

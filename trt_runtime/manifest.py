@@ -54,6 +54,8 @@ class PlanEntry(_Strict):
     weights_digest: Digest
     fp4_gemms_expected: Count
     fp4_gemms_found: Count
+    fp8_gemms_expected: Count
+    fp8_gemms_found: Count
     fp8_mha_expected: Count
     fp8_mha_found: Count
     activation_bytes: Count
@@ -74,7 +76,7 @@ class PlanEntry(_Strict):
 class EngineManifest(_Strict):
     """Everything known about an engine without opening a plan."""
 
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     backend: Literal["tensorrt_rtx", "tensorrt"]
     backend_version: str
     builder_platform: str

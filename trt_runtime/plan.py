@@ -30,6 +30,7 @@ class BuildJob:
     profile: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
     """Shapes (min, opt, max) of every input with a dynamic axis."""
     fp4_linears: tuple[str, ...]
+    fp8_linears: tuple[str, ...]
     fp8_attention: bool
 
 
@@ -44,6 +45,8 @@ class BuiltPlan:
     build_seconds: float
     fp4_gemms_expected: int
     fp4_gemms_found: int
+    fp8_gemms_expected: int
+    fp8_gemms_found: int
     fp8_mha_expected: int
     fp8_mha_found: int
 
@@ -87,7 +90,7 @@ class PlanFactory:
 
         Raises:
             PlanBuildError: the parser or the builder refused the block.
-            EngineLintError: the plan would not run in NVFP4; nothing was written.
+            EngineLintError: the plan would not run in its formats; nothing was written.
             DiskFullError: nothing with the plan's name was written.
         """
         self.messages.clear()
@@ -95,7 +98,7 @@ class PlanFactory:
         started = time.monotonic()
         plan = memoryview(self._serialized(job)).cast("B")
         layers = layers_from_log(self.messages)
-        counts = lint_build(job.block, layers, job.fp4_linears, job.fp8_attention)
+        counts = lint_build(job.block, layers, job.fp4_linears, job.fp8_linears, job.fp8_attention)
         write_atomic(Path(job.plan), plan)
         return BuiltPlan(
             block=job.block,

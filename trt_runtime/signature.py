@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ from .external_data import ByteRange, weight_ranges
 if TYPE_CHECKING:
     import onnx
 
-CONTRACT = "1"
+CONTRACT = "2"
 MAX_ONNX_BYTES = 16 << 20
 """A block holds no weights (exports are below 300 KB); bounds what a hostile file costs."""
 
@@ -61,6 +61,8 @@ class BlockSignature:
     outputs: tuple[TensorSpec, ...]
     fp4_linears: tuple[str, ...]
     """Linears that must become FP4 GEMMs."""
+    fp8_linears: tuple[str, ...]
+    """Linears that must become FP8 GEMMs; those in neither list are high precision."""
     fp8_attention: bool
     depth: int
     """Number of double blocks of the whole model."""
@@ -104,6 +106,8 @@ def read_signature(path: Path) -> BlockSignature:
     if high_precision not in HIGH_PRECISION:
         raise BlockContractError(path, f"high precision type '{high_precision}' is unknown")
     _check_nodes(path, model)
+    fp4_linears, fp8_linears = reader.names("fp4_linears"), reader.names("fp8_linears")
+    _check_linears(path, model, fp4_linears, fp8_linears)
     weights, ranges = weight_ranges(path, model)
     return BlockSignature(
         path=path,
@@ -114,7 +118,8 @@ def read_signature(path: Path) -> BlockSignature:
         high_precision=high_precision,
         inputs=_specs(path, model.graph.input, INPUTS[kind]),
         outputs=_specs(path, model.graph.output, OUTPUTS[kind]),
-        fp4_linears=reader.names("fp4_linears"),
+        fp4_linears=fp4_linears,
+        fp8_linears=fp8_linears,
         fp8_attention=reader.flag("fp8_attention"),
         depth=reader.number("depth"),
         depth_single_blocks=reader.number("depth_single_blocks"),
@@ -225,6 +230,28 @@ def _specs(
         wrong = sorted(specs.keys() ^ set(names))
         raise BlockContractError(path, f"inputs and outputs differ from the contract at {wrong}")
     return tuple(specs.values())
+
+
+def _check_linears(
+    path: Path, model: onnx.ModelProto, fp4_linears: Sequence[str], fp8_linears: Sequence[str]
+) -> None:
+    """Refuse promises that differ from the stored weights: the lint relies on them."""
+    import onnx
+
+    for linears, kind, name in (
+        (fp4_linears, onnx.TensorProto.FLOAT4E2M1, "fp4_linears"),
+        (fp8_linears, onnx.TensorProto.FLOAT8E4M3FN, "fp8_linears"),
+    ):
+        stored = {
+            tensor.name.removesuffix(".weight")
+            for tensor in model.graph.initializer
+            if tensor.name.endswith(".weight") and tensor.data_type == kind
+        }
+        if stored != set(linears):
+            wrong = min(stored ^ set(linears))
+            raise BlockContractError(
+                path, f"metadata 'flux_fp4.{name}' and the stored weights differ at '{wrong}'"
+            )
 
 
 def _check_nodes(path: Path, model: onnx.ModelProto) -> None:

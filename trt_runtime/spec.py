@@ -12,6 +12,12 @@ BACKENDS = ("tensorrt_rtx", "tensorrt")
 FP4_TARGETS = ("sm100", "sm103", "sm120", "sm121")
 """GPU generations with NVFP4 tensor cores (Blackwell)."""
 
+FP8_MIN_SM = 89
+"""First GPU generation with FP8 tensor cores (Ada)."""
+
+BF16_MIN_SM = 80
+"""First GPU generation with bf16 tensor cores (Ampere)."""
+
 RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 """Members of tensorrt_rtx.ComputeCapability in 1.7."""
 

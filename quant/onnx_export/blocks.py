@@ -12,7 +12,8 @@ from ..flux.config import FluxConfig
 from ..flux.layers import LAYER_NORM_EPS, RMS_NORM_EPS
 from ..quantized_checkpoint import QuantizedCheckpoint
 from .contract import DOUBLE_MODULATION, SINGLE_MODULATION, block_kind, contract_metadata
-from .graph import BlockGraph, nvfp4_linear
+from .graph import BlockGraph
+from .linears import linear
 
 _TO_END = 2**62
 
@@ -94,17 +95,8 @@ class _Author:
         shape = ("B", 1, self.dim)
         return [self.graph.input(name, shape, self.graph.high_precision) for name in names]
 
-    def _linear(self, linear: str, x: ir.Value, shape: tuple[int | str, ...]) -> ir.Value:
-        op = self.graph.op
-        if self.graph.is_quantized(linear):
-            y = nvfp4_linear(self.graph, linear, x, shape)
-        else:
-            weight = self.graph.stored(f"{linear}.weight")
-            weight = op("Transpose", weight, name=f"{linear}/Transpose", perm=[1, 0])
-            y = op("MatMul", x, weight, name=f"{linear}/MatMul")
-        if self.graph.has(f"{linear}.bias"):
-            y = op("Add", y, self.graph.stored(f"{linear}.bias"), name=f"{linear}/Bias")
-        return y
+    def _linear(self, name: str, x: ir.Value, shape: tuple[int | str, ...]) -> ir.Value:
+        return linear(self.graph, name, x, shape)
 
     def _modulate(self, x: ir.Value, shift: ir.Value, scale: ir.Value) -> ir.Value:
         op = self.graph.op

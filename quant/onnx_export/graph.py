@@ -7,9 +7,9 @@ import numpy as np
 import onnx_ir as ir
 
 from ..emulation import attention_root_scale
-from ..nvfp4 import NVFP4_BLOCK
 from ..quantized_checkpoint import QuantizedCheckpoint
 from ..safetensors_header import StoredTensor
+from .contract import WeightFormat, stored_format
 
 OPSET = 23
 """First opset with FLOAT4E2M1 blocks in DequantizeLinear, RMSNormalization, RotaryEmbedding."""
@@ -108,9 +108,9 @@ class BlockGraph:
         """Tell whether the checkpoint stores this tensor of the block."""
         return f"{self._block}.{tensor}" in self._checkpoint.tensors
 
-    def is_quantized(self, linear: str) -> bool:
-        """Tell whether a Linear of the block is stored in NVFP4."""
-        return self._checkpoint.tensors[f"{self._block}.{linear}.weight"].dtype == "U8"
+    def weight_format(self, linear: str) -> WeightFormat:
+        """Tell the format in which a Linear of the block is stored."""
+        return stored_format(self._checkpoint, f"{self._block}.{linear}")
 
     def constant(self, name: str, value: float | np.ndarray) -> ir.Value:
         """Return a constant in the high-precision type; one initializer per name."""
@@ -165,62 +165,3 @@ def _logical_shape(place: StoredTensor) -> tuple[int, ...]:
         rows, packed_columns = place.shape
         return rows, 2 * packed_columns
     return place.shape
-
-
-def nvfp4_linear(
-    graph: BlockGraph, linear: str, x: ir.Value, shape: tuple[int | str, ...]
-) -> ir.Value:
-    """Emit one NVFP4 Linear without its bias.
-
-    Two DequantizeLinear on the weight, ``TRT_FP4DynamicQuantize`` and two DequantizeLinear on the
-    input, as in ModelOpt 0.47's ``nvfp4_exporter.py`` but for one thing: the scales are cast to
-    the high-precision type *before* they dequantize. Cast after it, as ModelOpt does, TensorRT-RTX
-    1.7.1 moves the split into q, k and v through the cast into the weight and runs qkv as a bf16
-    GEMM over a dequantized weight.
-
-    Args:
-        graph: The block's graph.
-        linear: Name relative to the block.
-        x: Input ``[B, L, K]``.
-        shape: Shape of ``x``.
-    """
-    width = int(shape[-1])
-    # rank 2 between Quantize and MatMul, at no kernel's cost: with rank 3 and a dynamic batch,
-    # TensorRT-RTX 1.7.1 fails to build where the smallest batch equals the number of heads
-    lead = graph.op("Shape", x, start=0, end=2)
-    x = graph.op("Reshape", x, graph.integers(-1, width))
-    block = {"axis": -1, "block_size": NVFP4_BLOCK}
-    input_scale = graph.stored(f"{linear}.input_scale")
-    codes, scale = graph.node(
-        "TRT_FP4DynamicQuantize",
-        (x, input_scale),
-        2,
-        f"{linear}/Quantize",
-        TRT_DOMAIN,
-        scale_type=int(ir.DataType.FLOAT8E4M3FN),
-        **block,
-    )
-    # shape inference knows no operator of TensorRT's domain
-    codes.dtype, codes.shape = ir.DataType.FLOAT4E2M1, ir.Shape((None, width))
-    scale.dtype, scale.shape = ir.DataType.FLOAT8E4M3FN, ir.Shape((None, width // NVFP4_BLOCK))
-    scale = graph.op("DequantizeLinear", scale, input_scale, name=f"{linear}/DQ_input_scale")
-    to = int(graph.high_precision)
-    scale = graph.op("Cast", scale, name=f"{linear}/Cast_input_scale", to=to)
-    dequantized = graph.op("DequantizeLinear", codes, scale, name=f"{linear}/DQ_input", **block)
-    block_scale = graph.op(
-        "DequantizeLinear",
-        graph.stored(f"{linear}.weight_scale"),
-        graph.stored(f"{linear}.weight_scale_2"),
-        name=f"{linear}/DQ_weight_scale",
-    )
-    block_scale = graph.op("Cast", block_scale, name=f"{linear}/Cast_weight_scale", to=to)
-    weight = graph.op(
-        "DequantizeLinear",
-        graph.stored(f"{linear}.weight"),
-        block_scale,
-        name=f"{linear}/DQ_weight",
-        **block,
-    )
-    weight = graph.op("Transpose", weight, name=f"{linear}/Transpose", perm=[1, 0])
-    y = graph.op("MatMul", dequantized, weight, name=f"{linear}/MatMul")
-    return graph.op("Reshape", y, graph.op("Concat", lead, graph.integers(-1), axis=0))

@@ -174,7 +174,7 @@ HOSTILE_EDITS: dict[str, tuple[Edit, str]] = {
     "missing key": (lambda f: f.pop("targets"), "targets"),
     "unknown library": (lambda f: f.update(backend="os"), "backend"),
     "unknown target": (lambda f: f.update(targets=["../x"]), "targets.0"),
-    "later format": (lambda f: f.update(format_version=2), "format_version"),
+    "later format": (lambda f: f.update(format_version=3), "format_version"),
     "missing block": (lambda f: f["blocks"].pop(), "blocks"),
     "repeated block": (lambda f: f["blocks"].append(f["blocks"][0]), "blocks"),
     "other order": (lambda f: f["blocks"].reverse(), "blocks"),

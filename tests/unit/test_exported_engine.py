@@ -17,6 +17,7 @@ from flux_fp4.tests.unit.trt_runtime.small_spec import SMALL_SPEC
 from flux_fp4.trt_runtime.builder import build_engine
 from flux_fp4.trt_runtime.engine import Engine
 from flux_fp4.trt_runtime.signature import read_block_folder
+from mixed_checkpoint import FORMATS, linears_in_plans, save_mixed
 from tiny_flux import TINY, ignore_progress, random_flux, random_samples, save_flux
 
 
@@ -59,6 +60,47 @@ def test_exported_blocks_become_fp4_plans_and_run(checkpoint: QuantizedCheckpoin
         for result in engine.run(entry.block, inputs).values():
             assert result.isfinite().all()
     engine.unload()
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_format_builds_for_its_oldest_target_and_runs(tmp_path: Path, kind: str) -> None:
+    model = random_flux()
+    path = tmp_path / "tiny.safetensors"
+    attention = kind != "bf16"
+    formats = dict.fromkeys(linears_in_plans(model), kind)
+    save_mixed(model, path, formats, fp8_attention=attention)
+    export_blocks(path, ignore_progress)
+    target = {"fp8": "sm89", "bf16": "sm86"}.get(kind, "sm120")
+    manifest = build_engine(tmp_path, replace(SMALL_SPEC, targets=(target,)), ignore_progress)
+    linears = [len(block_linears(block)) for block in TINY.block_names]
+    none = [0] * len(linears)
+    fp4 = [entry.fp4_gemms_found for entry in manifest.blocks]
+    assert fp4 == (linears if kind.startswith("nvfp4") else none)
+    assert [entry.fp8_gemms_found for entry in manifest.blocks] == (
+        linears if kind == "fp8" else none
+    )
+    assert [entry.fp8_mha_found for entry in manifest.blocks] == [int(attention)] * len(linears)
+    engine = Engine.open(tmp_path / target, "reference")
+    engine.load(torch.device("cpu"))
+    for entry in manifest.blocks:
+        inputs = block_inputs(entry, img_tokens=36, txt_tokens=5, batch=2)
+        for result in engine.run(entry.block, inputs).values():
+            assert result.isfinite().all()
+    engine.unload()
+
+
+def test_mixed_formats_in_one_block_build(tmp_path: Path) -> None:
+    model = random_flux()
+    formats = {
+        name: FORMATS[index % len(FORMATS)] for index, name in enumerate(linears_in_plans(model))
+    }
+    save_mixed(model, tmp_path / "tiny.safetensors", formats)
+    export_blocks(tmp_path / "tiny.safetensors", ignore_progress)
+    manifest = build_engine(tmp_path, SMALL_SPEC, ignore_progress)
+    for entry in manifest.blocks:
+        own = [formats[f"{entry.block}.{linear}"] for linear in block_linears(entry.block)]
+        fp4 = sum(kind.startswith("nvfp4") for kind in own)
+        assert (entry.fp4_gemms_found, entry.fp8_gemms_found) == (fp4, own.count("fp8"))
 
 
 def test_dynamic_batch_builds_where_the_smallest_equals_the_number_of_heads(

@@ -17,9 +17,15 @@ from flux_fp4.quant.errors import OnnxExportMissingError
 from flux_fp4.quant.flux.config import block_linears
 from flux_fp4.quant.onnx_export import export_blocks, exported_blocks, onnx_path
 from flux_fp4.quant.onnx_export.blocks import block_model
-from flux_fp4.quant.onnx_export.graph import BlockGraph, nvfp4_linear
-from flux_fp4.quant.quantized_checkpoint import METADATA_KEY, QuantizedCheckpoint
+from flux_fp4.quant.onnx_export.graph import BlockGraph
+from flux_fp4.quant.onnx_export.linears import nvfp4_linear
+from flux_fp4.quant.quantized_checkpoint import (
+    METADATA_KEY,
+    QuantizedCheckpoint,
+    is_in_plan,
+)
 from flux_fp4.quant.sqnr import sqnr_db
+from mixed_checkpoint import FORMATS, linears_in_plans, save_mixed
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 from tiny_flux import TINY, ignore_progress, random_flux
@@ -70,6 +76,68 @@ def test_external_data_are_the_tensors_of_the_checkpoint(
                 start, length = int(place["offset"]), int(place["length"])
                 raw = stored.reshape(-1).view(torch.uint8).numpy().tobytes()
                 assert data[start : start + length] == raw, tensor.name
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> QuantizedCheckpoint:
+    """Every format in one checkpoint, exported."""
+    names = linears_in_plans(random_flux())
+    formats = {name: FORMATS[index % len(FORMATS)] for index, name in enumerate(names)}
+    path = tmp_path_factory.mktemp("mixed") / "mixed.safetensors"
+    checkpoint = save_mixed(random_flux(), path, formats)
+    export_blocks(path, ignore_progress)
+    return checkpoint
+
+
+def test_every_format_is_external_data_without_a_copy(mixed: QuantizedCheckpoint) -> None:
+    for path in exported_blocks(mixed.path):
+        model = onnx.load(path, load_external_data=False)
+        external = {
+            tensor.name: {entry.key: entry.value for entry in tensor.external_data}
+            for tensor in model.graph.initializer
+            if tensor.data_location == onnx.TensorProto.EXTERNAL
+        }
+        in_plan = [n for n in mixed.tensors if n.startswith(f"{path.stem}.") and is_in_plan(n)]
+        assert {f"{path.stem}.{name}" for name in external} == set(in_plan)
+        for name, place in external.items():
+            stored = mixed.tensors[f"{path.stem}.{name}"]
+            assert (int(place["offset"]), int(place["length"])) == (stored.offset, stored.length)
+
+
+def test_contract_lists_linears_by_format(mixed: QuantizedCheckpoint) -> None:
+    for path in exported_blocks(mixed.path):
+        model = onnx.load(path, load_external_data=False)
+        props = {entry.key: entry.value for entry in model.metadata_props}
+        dtypes = {linear: mixed.tensors[f"{path.stem}.{linear}.weight"].dtype
+                  for linear in block_linears(path.stem)}  # fmt: skip
+        for key, dtype in (("fp4_linears", "U8"), ("fp8_linears", "F8_E4M3")):
+            expected = [linear for linear, stored in dtypes.items() if stored == dtype]
+            assert json.loads(props[f"flux_fp4.{key}"]) == expected
+
+
+def test_only_what_a_format_needs_is_in_the_graph(mixed: QuantizedCheckpoint) -> None:
+    operators = {
+        "nvfp4": {"Quantize": "TRT_FP4DynamicQuantize", "MatMul": "MatMul"},
+        "nvfp4-awq": {"Quantize": "TRT_FP4DynamicQuantize", "Smooth": "Mul", "MatMul": "MatMul"},
+        "nvfp4-svdquant": {
+            "Quantize": "TRT_FP4DynamicQuantize", "Smooth": "Mul", "MatMul": "MatMul",
+            "Down": "MatMul", "Up": "MatMul", "Branch": "Add",
+        },
+        "fp8": {"Quantize": "QuantizeLinear", "MatMul": "MatMul", "Rows": "Mul"},
+        "bf16": {"MatMul": "MatMul"},
+    }  # fmt: skip
+    names = linears_in_plans(random_flux())
+    for index, name in enumerate(names):
+        stack, number, linear = name.split(".", 2)
+        graph = block_model(mixed, f"{stack}.{number}").graph
+        mine = {
+            node.name.removeprefix(f"{linear}/"): node.op_type
+            for node in graph
+            if node.name.startswith(f"{linear}/") and "DQ" not in node.name
+        }
+        ignored = ("Bias", "Transpose", "Cast_")
+        found = {part: op for part, op in mine.items() if not part.startswith(ignored)}
+        assert found == operators[FORMATS[index % len(FORMATS)]], name
 
 
 def test_file_stays_small_at_the_size_of_flux(

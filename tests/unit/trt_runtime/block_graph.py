@@ -54,12 +54,14 @@ class BlockGraph:
     fp8_attention: bool = True
     weight_only: tuple[str, ...] = ()
     """Linears whose activation is not quantized: TensorRT silently builds those as bf16 GEMMs."""
+    fp8: tuple[str, ...] = ()
+    """Linears in FP8; the others are FP4."""
     seed: int = 0
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     initializers: dict[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
     small: list[TensorProto] = field(default_factory=list)
-    linears: list[str] = field(default_factory=list)
+    linears: dict[str, list[str]] = field(default_factory=lambda: {"fp4": [], "fp8": []})
 
     def __post_init__(self) -> None:
         self.onnx_dtype, self.torch_dtype = HIGH_PRECISION[self.high_precision]
@@ -104,8 +106,33 @@ class BlockGraph:
         return self.op("DequantizeLinear", [values, scale], axis=-1, block_size=16)
 
     def linear(self, x: str, name: str, k: int, n: int) -> str:
-        self.linears.append(name)
         weight = torch.randn(n, k, generator=self.random) * k**-0.5
+        multiply = self.fp8_product if name in self.fp8 else self.fp4_product
+        y = multiply(x, name, weight)
+        bias = torch.randn(n, generator=self.random) * 0.01
+        b = self.stored(f"{name}.bias", bias.to(self.torch_dtype), self.onnx_dtype)
+        return self.op("Add", [y, b])
+
+    def fp8_product(self, x: str, name: str, weight: torch.Tensor) -> str:
+        self.linears["fp8"].append(name)
+        scale = weight.abs().amax(1) / 448
+        values = (weight / scale[:, None]).to(torch.float8_e4m3fn)
+        w = self.stored(f"{name}.weight", values, TensorProto.FLOAT8E4M3FN)
+        s = self.stored(f"{name}.weight_scale", scale, TensorProto.FLOAT)
+        w = self.op("DequantizeLinear", [w, self.number(1)], name=f"{name}/DQ_weight")
+        if name not in self.weight_only:
+            g = self.cast(
+                self.stored(f"{name}.input_scale", torch.tensor(4.0 / 448), TensorProto.FLOAT)
+            )
+            zero = self.constant(0.0, TensorProto.FLOAT8E4M3FN)
+            codes = self.op("QuantizeLinear", [x, g, zero], name=f"{name}/Quantize")
+            x = self.op("DequantizeLinear", [codes, g])
+        y = self.op("MatMul", [x, self.op("Transpose", [w], perm=[1, 0])], name=f"{name}/MatMul")
+        return self.cast(self.op("Mul", [self.op("Cast", [y], to=TensorProto.FLOAT), s]))
+
+    def fp4_product(self, x: str, name: str, weight: torch.Tensor) -> str:
+        self.linears["fp4"].append(name)
+        n, k = weight.shape
         packed, scale, global_scale = quantize_weight(weight)
         w = self.stored(f"{name}.weight", packed, TensorProto.FLOAT4E2M1, (n, k))
         s = self.stored(f"{name}.weight_scale", scale, TensorProto.FLOAT8E4M3FN)
@@ -115,9 +142,7 @@ class BlockGraph:
         w = self.op("Transpose", [w], perm=[1, 0])
         if name not in self.weight_only:
             x = self.quantized_activation(x, name)
-        bias = torch.randn(n, generator=self.random) * 0.01
-        b = self.stored(f"{name}.bias", bias.to(self.torch_dtype), self.onnx_dtype)
-        return self.op("Add", [self.op("MatMul", [x, w], name=f"{name}/MatMul"), b])
+        return self.op("MatMul", [x, w], name=f"{name}/MatMul")
 
     def modulated(self, x: str, shift: str, scale: str) -> str:
         ones = self.stored("ones", torch.ones(self.hidden, dtype=self.torch_dtype), self.onnx_dtype)
@@ -140,7 +165,7 @@ class BlockGraph:
                                                         num_outputs=3))  # fmt: skip
         return [self.normalized(q, f"{prefix}.q"), self.normalized(k, f"{prefix}.k"), v]
 
-    def fp8(self, x: str, scale: float) -> str:
+    def fp8_operand(self, x: str, scale: float) -> str:
         if not self.fp8_attention:
             return x
         s, zero = self.number(scale), self.constant(0.0, TensorProto.FLOAT8E4M3FN)
@@ -154,9 +179,15 @@ class BlockGraph:
         root = self.number((self.hidden // self.heads) ** -0.25)
         q, k = (self.op("Mul", [self.rotated(t), root]) for t in (q, k))
         k = self.op("Transpose", [k], perm=[0, 1, 3, 2])
-        scores = self.op("MatMul", [self.fp8(q, 0.02), self.fp8(k, 0.02)], name="attention/QK")
+        scores = self.op(
+            "MatMul", [self.fp8_operand(q, 0.02), self.fp8_operand(k, 0.02)], name="attention/QK"
+        )
         weights = self.op("Softmax", [scores], name="attention/Softmax", axis=-1)
-        x = self.op("MatMul", [self.fp8(weights, 1 / 448), self.fp8(v, 0.02)], name="attention/PV")
+        x = self.op(
+            "MatMul",
+            [self.fp8_operand(weights, 1 / 448), self.fp8_operand(v, 0.02)],
+            name="attention/PV",
+        )
         return self.op(
             "Reshape",
             [self.op("Transpose", [x], perm=[0, 2, 1, 3]), self.integers([0, 0, self.hidden])],
@@ -253,13 +284,14 @@ def write_blocks(
     for graph, (inputs, outputs) in zip(graphs, values, strict=True):
         model = stored_model(graph, inputs, outputs, weights)
         metadata = {
-            "contract": "1",
+            "contract": "2",
             "block": graph.block,
             "kind": graph.block.split("_")[0],
             "hidden_size": str(hidden),
             "num_heads": str(heads),
             "high_precision": graph.high_precision,
-            "fp4_linears": json.dumps(graph.linears),
+            "fp4_linears": json.dumps(graph.linears["fp4"]),
+            "fp8_linears": json.dumps(graph.linears["fp8"]),
             "fp8_attention": "1" if graph.fp8_attention else "0",
             "depth": str(depth),
             "depth_single_blocks": str(depth_single),

@@ -38,6 +38,13 @@ FP4_GEMM = row(
 BF16_GEMM = row("linear1/MatMul_myl0_5", "gemm", ["BFloat16", "BFloat16"], [], ["linear1/MatMul"])
 MIXED_GEMM = row("g", "gemm", ["BFloat16"], ["FP4E2M1", "FP8"], ["linear1/MatMul"])
 UNPACK = row("__myl_Cast_3", "kgen", [], ["FP4E2M1", "FP8"], ["linear1/DQ_weight", "x"])
+FP8_GEMM = row(
+    "linear1/MatMul_myl0_4", "gemm", ["FP8"], ["FP8", "Float", "Float"], ["linear1/MatMul"]
+)
+FP8_BY_BF16_GEMM = row(
+    "__myl_CastMulFc_myl0_11", "runtime_fusion", ["FP8", "BFloat16"], [], ["linear1/MatMul"]
+)
+FP8_UNPACK = row("__myl_CastMulCast_9", "kgen", [], ["BFloat16", "FP8"], ["linear1/DQ_weight"])
 MHA = row("_gemm_mha_v2_myl0_10", "kgen", ["FP8", "FP8", "FP8"], [], ["attention/QK"])
 HIGH_MHA = row("_gemm_mha_v2_myl0_10", "kgen", ["BFloat16"] * 3, [], ["attention/QK"])
 
@@ -63,14 +70,27 @@ def test_activation_memory_is_the_largest_reported() -> None:
 
 
 def test_expected_kernels_pass() -> None:
-    counts = lint_build("b", layers(FP4_GEMM, MHA), ["linear1"], fp8_attention=True)
+    second = FP8_GEMM.replace("linear1", "linear2")
+    rows = layers(FP4_GEMM, second, MHA)
+    counts = lint_build("b", rows, ["linear1"], ["linear2"], fp8_attention=True)
     assert (counts.fp4_gemms_expected, counts.fp4_gemms_found) == (1, 1)
+    assert (counts.fp8_gemms_expected, counts.fp8_gemms_found) == (1, 1)
     assert (counts.fp8_mha_expected, counts.fp8_mha_found) == (1, 1)
 
 
 def test_linears_merged_into_one_gemm_pass() -> None:
     merged = row("g", "gemm", ["FP4E2M1"], ["FP4E2M1"], ["q/MatMul", "k/MatMul"])
-    assert lint_build("b", layers(merged), ["q", "k"], fp8_attention=False).fp4_gemms_found == 2
+    assert lint_build("b", layers(merged), ["q", "k"], [], fp8_attention=False).fp4_gemms_found == 2
+
+
+def test_linear_split_into_gemms_of_its_format_passes() -> None:
+    counts = lint_build("b", layers(FP8_GEMM, FP8_GEMM), [], ["linear1"], fp8_attention=False)
+    assert counts.fp8_gemms_found == 1
+
+
+def test_high_precision_linears_may_become_any_gemm() -> None:
+    counts = lint_build("b", layers(BF16_GEMM, HIGH_MHA), [], [], fp8_attention=False)
+    assert (counts.fp4_gemms_found, counts.fp8_gemms_found, counts.fp8_mha_found) == (0, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -91,13 +111,36 @@ def test_lost_precision_is_named(
     rows: list[str], linears: list[str], fp8: bool, named: str
 ) -> None:
     with pytest.raises(EngineLintError) as caught:
-        lint_build("single_blocks.7", layers(*rows), linears, fp8_attention=fp8)
+        lint_build("single_blocks.7", layers(*rows), linears, [], fp8_attention=fp8)
     assert caught.value.linears == (named,)
     assert "single_blocks.7" in str(caught.value)
     assert "not stored" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param([BF16_GEMM], id="bf16 GEMM"),
+        pytest.param([FP8_BY_BF16_GEMM], id="FP8 x bf16 GEMM"),
+        pytest.param([FP8_GEMM, FP8_BY_BF16_GEMM], id="one of two GEMMs"),
+        pytest.param([FP8_GEMM, FP8_UNPACK], id="FP8 and dequantized"),
+        pytest.param([FP4_GEMM], id="FP4 GEMM"),
+        pytest.param([MHA], id="GEMM is gone"),
+    ],
+)
+def test_lost_fp8_is_named(rows: list[str]) -> None:
+    attention = MHA in rows
+    with pytest.raises(EngineLintError) as caught:
+        lint_build("double_blocks.3", layers(*rows), [], ["linear1"], fp8_attention=attention)
+    assert caught.value.linears == ("linear1",)
+
+
+def test_an_fp8_gemm_is_no_fp4_gemm() -> None:
+    with pytest.raises(EngineLintError, match="FP8 x FP8 GEMM"):
+        lint_build("b", layers(FP8_GEMM), ["linear1"], [], fp8_attention=False)
+
+
 def test_a_name_inside_another_is_not_confused() -> None:
     other = FP4_GEMM.replace("linear1/", "xlinear1/")
     with pytest.raises(EngineLintError):
-        lint_build("b", layers(other), ["linear1"], fp8_attention=False)
+        lint_build("b", layers(other), ["linear1"], [], fp8_attention=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -12,9 +13,14 @@ from pathlib import Path
 import pytest
 from flux_fp4.tests.unit.trt_runtime.small_spec import SMALL_PROFILE, SMALL_SPEC, silent
 from flux_fp4.trt_runtime.backend import Backend, load_backend
-from flux_fp4.trt_runtime.builder import build_engine, plan_key, profile_shapes
+from flux_fp4.trt_runtime.builder import build_engine, check_formats, plan_key, profile_shapes
 from flux_fp4.trt_runtime.digest import digest_of_file
-from flux_fp4.trt_runtime.errors import BuildSpecError, EngineLintError, PlanBuildError
+from flux_fp4.trt_runtime.errors import (
+    BuildSpecError,
+    EngineLintError,
+    FormatTargetError,
+    PlanBuildError,
+)
 from flux_fp4.trt_runtime.manifest import load_manifest
 from flux_fp4.trt_runtime.signature import read_signature
 from flux_fp4.trt_runtime.spec import BuildSpec
@@ -126,8 +132,11 @@ def test_profile_covers_every_dynamic_input(built_folder: Path) -> None:
     assert len(shapes) == 16
 
 
-def test_weight_only_fp4_makes_the_build_fail(blocks: Callable[..., Path]) -> None:
-    folder = blocks(depth=0, weight_only=("linear2",))
+@pytest.mark.parametrize("fp8", [(), ("linear2",)], ids=["FP4", "FP8"])
+def test_weight_only_quantization_makes_the_build_fail(
+    blocks: Callable[..., Path], fp8: tuple[str, ...]
+) -> None:
+    folder = blocks(depth=0, fp8=fp8, weight_only=("linear2",))
     with pytest.raises(EngineLintError) as caught:
         build_engine(folder, SMALL_SPEC, silent)
     assert caught.value.block == "single_blocks.0"
@@ -150,19 +159,58 @@ def test_blocks_without_fp8_attention_build(blocks: Callable[..., Path]) -> None
     assert (entry.fp8_mha_expected, entry.fp8_mha_found) == (0, 0)
 
 
+def test_formats_are_counted_apart(blocks: Callable[..., Path]) -> None:
+    folder = blocks(depth_single=0, fp8=("img_attn.qkv", "txt_mlp.2"))
+    (entry,) = build_engine(folder, SMALL_SPEC, silent).blocks
+    assert (entry.fp4_gemms_expected, entry.fp4_gemms_found) == (6, 6)
+    assert (entry.fp8_gemms_expected, entry.fp8_gemms_found) == (2, 2)
+
+
 @pytest.mark.parametrize(
     ("spec", "match"),
     [
-        (BuildSpec(targets=("sm89",)), "no FP4 tensor cores"),
+        (BuildSpec(targets=("sm89",)), "'sm89'.*NVFP4.*recipe 'fp8'"),
+        (BuildSpec(targets=("sm120", "sm86")), "'sm86'.*NVFP4.*recipe 'bf16'"),
         (BuildSpec(profile=replace(SMALL_PROFILE, min_img_tokens=30)), "at least 32"),
     ],
-    ids=["target without FP4", "profile below FP8 attention"],
+    ids=["target without FP4", "one target without FP8", "profile below FP8 attention"],
 )
 def test_specs_that_lose_precision_are_refused_before_building(
     engine_copy: Path, spec: BuildSpec, match: str
 ) -> None:
     with pytest.raises(BuildSpecError, match=match):
         build_engine(engine_copy.parent, spec, silent)
+
+
+ALL_SINGLE = ("linear1", "linear2")
+
+
+def test_fp8_builds_for_the_first_generation_that_has_it(blocks: Callable[..., Path]) -> None:
+    folder = blocks(depth=0, fp8=ALL_SINGLE)
+    (entry,) = build_engine(folder, replace(SMALL_SPEC, targets=("sm89",)), silent).blocks
+    assert (entry.fp8_gemms_found, entry.fp8_mha_found) == (2, 1)
+    with pytest.raises(FormatTargetError, match=r"FP8 weights.*sm89 or newer.*recipe 'bf16'"):
+        build_engine(folder, replace(SMALL_SPEC, targets=("sm86",)), silent)
+
+
+@pytest.mark.parametrize(
+    ("sm", "promise", "match"),
+    [
+        ("sm86", {"fp8_attention": True}, "switch FP8 attention off"),
+        ("sm75", {}, "sm80 or newer"),
+        ("sm86", {}, None),
+    ],
+    ids=["FP8 attention", "bf16 before Ampere", "bf16"],
+)
+def test_targets_of_high_precision_blocks(
+    built_folder: Path, sm: str, promise: dict[str, bool], match: str | None
+) -> None:
+    signature = read_signature(built_folder / "single_blocks.0.onnx")
+    plain = {"fp4_linears": (), "fp8_attention": False, **promise}
+    with contextlib.ExitStack() as stack:
+        if match:
+            stack.enter_context(pytest.raises(BuildSpecError, match=match))
+        check_formats(sm, replace(signature, **plain))
 
 
 def test_two_targets_in_one_plan(blocks: Callable[..., Path]) -> None:

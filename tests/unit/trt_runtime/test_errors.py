@@ -24,6 +24,13 @@ EXAMPLES: list[tuple[EngineError, str]] = [
         '"auto" or "reference" to run on the CPU.',
     ),
     (
+        errors.FormatTargetError(
+            "sm89", "the NVFP4 weights of 'single_blocks.3'", "sm120", "recipe 'fp8'"
+        ),
+        "Target 'sm89' cannot run the NVFP4 weights of 'single_blocks.3': that needs sm120. "
+        "Choose such a target, or recipe 'fp8' in \"Quantize FLUX to FP4\".",
+    ),
+    (
         errors.ShapeProfileError("image", 6144, 64, 4096, "megapixels"),
         "This run needs 6144 image tokens; the engine takes 64 to 4096. Use fewer, or build again "
         'with "Build TensorRT Engine" and another "max megapixels".',

@@ -13,6 +13,7 @@ def test_signature_of_a_double_block(built_folder: Path) -> None:
     signature = read_signature(built_folder / "double_blocks.0.onnx")
     assert (signature.block, signature.kind, signature.index) == ("double_blocks.0", "double", 0)
     assert set(signature.fp4_linears) == set(DOUBLE_LINEARS)
+    assert signature.fp8_linears == ()
     assert signature.fp8_attention
     specs = {spec.name: spec for spec in signature.inputs}
     assert specs["img"].shape == ("B", "N", 128)
@@ -22,6 +23,11 @@ def test_signature_of_a_double_block(built_folder: Path) -> None:
         "img_out": "bf16",
         "txt_out": "bf16",
     }
+
+
+def test_linears_are_listed_by_format(blocks: Callable[..., Path]) -> None:
+    signature = read_signature(blocks(depth=0, fp8=("linear1",)) / "single_blocks.0.onnx")
+    assert (signature.fp4_linears, signature.fp8_linears) == (("linear2",), ("linear1",))
 
 
 def test_ranges_are_those_of_the_safetensors_file(built_folder: Path) -> None:

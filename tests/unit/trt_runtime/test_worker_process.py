@@ -214,6 +214,7 @@ def test_worker_leaves_amid_a_build_when_its_input_ends(built_folder: Path, tmp_
         targets=("sm120",),
         profile=profile_shapes(signature, SMALL_SPEC.profile),
         fp4_linears=signature.fp4_linears,
+        fp8_linears=signature.fp8_linears,
         fp8_attention=True,
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
