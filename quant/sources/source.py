@@ -119,7 +119,7 @@ class FileSource(FluxSource):
         self._fusions = dict(fusions)
         self._encodings = dict(encodings)
         self.shapes = {name: self._fused_shape(name) for name in self._fusions}
-        self.config = _checked_config(self.name, self.shapes)
+        self.config = checked_config(self.name, self.shapes)
 
     def dtype(self, name: str) -> torch.dtype:
         """See ``FluxSource``."""
@@ -272,7 +272,16 @@ def _refuse_surplus(name: str, surplus: Iterable[str]) -> None:
     raise UnknownCheckpointError(name, reason)
 
 
-def _checked_config(name: str, shapes: Mapping[str, tuple[int, ...]]) -> FluxConfig:
+def checked_config(name: str, shapes: Mapping[str, tuple[int, ...]]) -> FluxConfig:
+    """Read the configuration off tensor shapes and require exactly its tensors.
+
+    Args:
+        name: Of the checkpoint, for errors.
+        shapes: Shape by BFL's name.
+
+    Raises:
+        UnknownCheckpointError: Names or shapes are not those of a FLUX transformer.
+    """
     try:
         config = config_from_shapes(shapes)
     except KeyError as error:

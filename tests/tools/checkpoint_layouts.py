@@ -194,6 +194,14 @@ def nvfp4_state(state: Weights, weights: Mapping[str, NVFP4Weight], *, native: b
     return converted
 
 
+def save_state(state: Weights, folder: Path, metadata: dict[str, str] | None = None) -> Path:
+    """Write one file."""
+    path = folder / "tiny.safetensors"
+    contiguous = {name: tensor.contiguous() for name, tensor in state.items()}
+    save_file(contiguous, path, metadata)
+    return path
+
+
 def with_prefix(state: Weights, prefix: str) -> State:
     """Put a prefix before every name."""
     return {prefix + name: tensor for name, tensor in state.items()}
