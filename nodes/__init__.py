@@ -11,7 +11,7 @@ from .export import ExportONNX
 from .inspect_checkpoint import Inspect
 from .load import LoadEngine
 from .paths import register_model_folder
-from .quantize import Quantize
+from .quantize import Quantize, QuantizeModel
 
 
 class FluxFP4Extension(ComfyExtension):
@@ -24,6 +24,7 @@ class FluxFP4Extension(ComfyExtension):
         return [
             CalibrationSamples,
             Quantize,
+            QuantizeModel,
             ExportONNX,
             BuildEngine,
             LoadEngine,

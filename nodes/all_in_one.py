@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io, ui
 
-from ..quant.recipe import QuantizeOptions
 from . import paths
 from .build import MAX_BATCH, MAX_MEGAPIXELS, MAX_TEXT_TOKENS, TARGET, WORKERS, build_spec
 from .errors import CalibrationMissingError
 from .fingerprint import OutputLedger, file_state
 from .load import BACKEND, MODEL_OUTPUT
-from .quantize import FP8_ATTENTION, RECIPE, source_input
+from .quantize import source_input
+from .recipe_inputs import ADVANCED, FP8_ATTENTION, options_from, recipe_input
 from .schema import CATEGORY, Samples, description
+
+if TYPE_CHECKING:
+    from ..quant.recipe import QuantizeOptions
 
 
 class EngineFromCheckpoint(io.ComfyNode):
-    """Makes a FLUX.1 checkpoint into a FP4 engine and loads it as MODEL. Quantizes, exports and
+    """Makes a FLUX checkpoint into an FP4 engine and loads it as MODEL. Quantizes, exports and
     builds only what is missing or outdated, so later runs just load. Calibration samples are needed
     once, for quantization."""
 
@@ -35,7 +38,7 @@ class EngineFromCheckpoint(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
             inputs=[
                 source_input(),
-                RECIPE,
+                recipe_input(),
                 FP8_ATTENTION,
                 TARGET,
                 MAX_MEGAPIXELS,
@@ -49,6 +52,7 @@ class EngineFromCheckpoint(io.ComfyNode):
                     tooltip="What 'FLUX Calibration Samples' made of your pictures. Needed for the "
                     "first run; when connected, other samples quantize the checkpoint again.",
                 ),
+                *ADVANCED,
             ],
             outputs=[io.Model.Output(display_name="model", tooltip=MODEL_OUTPUT)],
         )
@@ -71,11 +75,12 @@ class EngineFromCheckpoint(io.ComfyNode):
         backend: str,
         workers: int,
         samples: Any = None,
+        **advanced: Any,
     ) -> io.NodeOutput:
         from . import reports, stages
         from .progress import NodeProgress
 
-        options = QuantizeOptions(recipe=recipe, fp8_attention=fp8_attention)
+        options = options_from(recipe, fp8_attention, **advanced)
         spec = build_spec(target, max_megapixels, max_batch, max_text_tokens)
         progress = NodeProgress(cls.hidden.unique_id)
         quantized = _quantized(checkpoint, options, samples, progress)
@@ -92,13 +97,16 @@ def quantized_name(checkpoint: str, options: QuantizeOptions) -> str:
     """Return the name under which this node keeps the quantized form of a checkpoint."""
     # Sub-folders become part of the name: two fine-tunes may share a file name.
     stem = checkpoint.removesuffix(".safetensors").replace("\\", "/").replace("/", "-")
-    return f"{stem}-{options.recipe}" + ("" if options.fp8_attention else "-bf16-attention")
+    attention = "" if options.fp8_attention else "-bf16-attention"
+    modulation = "" if options.modulation == "bf16" else f"-{options.modulation}-modulation"
+    return f"{stem}-{options.recipe.name}{attention}{modulation}"
 
 
 def _quantized(checkpoint: str, options: QuantizeOptions, samples: Any, progress: Any) -> Path:
+    from ..quant.sources.source import open_source
     from . import stages
 
-    source = paths.source_checkpoint(checkpoint)
+    source = open_source(paths.source_checkpoint(checkpoint))
     name = quantized_name(checkpoint, options)
     destination = paths.new_checkpoint(name)
     digest = None if samples is None else samples.digest()

@@ -84,6 +84,19 @@ class CalibrationMissingError(NodeError):
         )
 
 
+class ModelSourceError(NodeError):
+    """A MODEL cannot be quantized.
+
+    Attributes:
+        reason: What is in the way.
+        next_step: What to connect instead.
+    """
+
+    def __init__(self, reason: str, next_step: str) -> None:
+        self.reason, self.next_step = reason, next_step
+        super().__init__(f"This MODEL cannot be quantized: {reason}. {next_step}")
+
+
 class EngineOutdatedError(NodeError):
     """The engine was built from other weights than those of its quantized checkpoint.
 

@@ -3,6 +3,8 @@
     models/flux_fp4/<name>/<name>.safetensors       quantized checkpoint
     models/flux_fp4/<name>/double_blocks.0.onnx     its ONNX export
     models/flux_fp4/<name>/<target>/manifest.json   an engine, named "<name>/<target>"
+    models/flux_fp4/recipes/<name>.yaml             a recipe of the user's own
+    models/flux_fp4/.statistics/<digests>/          what calibration measured, for every recipe
 
 A link can carry any string, so every name is checked here before it touches the disk: one plain
 folder name per level, below a registered model folder. Symbolic links that a user put there are
@@ -22,6 +24,8 @@ from .errors import ArtifactNameError, ArtifactNotFoundError, SourceCheckpointEr
 
 MODEL_FOLDER = "flux_fp4"
 MANIFEST = "manifest.json"
+_RECIPES = "recipes"
+_STATISTICS = ".statistics"
 
 _MAX_NAME = 100
 # Windows refuses these characters and device names; a pack folder may be shared between systems.
@@ -50,6 +54,29 @@ def source_checkpoint(name: str) -> Path:
     if path is None or name not in source_checkpoints():
         raise SourceCheckpointError(name)
     return Path(path)
+
+
+def user_recipes() -> list[str]:
+    """List the names of the user's own recipes, ``recipes/<name>.yaml`` in the model folder."""
+    return sorted({path.stem for root in _roots() for path in (root / _RECIPES).glob("*.yaml")})
+
+
+def user_recipe(name: str) -> Path:
+    """Return the file of a recipe listed by `user_recipes`.
+
+    Raises:
+        ArtifactNotFoundError: There is none of that name, or the name is not a plain one.
+    """
+    for root in _roots():
+        path = root / _RECIPES / f"{name}.yaml"
+        if name_fault(name) is None and path.is_file():
+            return path
+    raise ArtifactNotFoundError("recipe", name, "Choose another one.")
+
+
+def statistics_folder() -> Path:
+    """Return the folder of calibration statistics, which all quantized checkpoints share."""
+    return _roots()[0] / _STATISTICS
 
 
 def quantized_checkpoints() -> list[str]:

@@ -1,28 +1,31 @@
-"""Node: FLUX checkpoint to quantized checkpoint."""
+"""Nodes: FLUX checkpoint or MODEL to quantized checkpoint."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io, ui
 
-from ..quant.recipe import RECIPES, QuantizeOptions
 from . import paths
 from .fingerprint import OutputLedger, file_state
+from .recipe_inputs import ADVANCED, FP8_ATTENTION, options_from, recipe_input
 from .schema import CATEGORY, Samples, description
 
-RECIPE = io.Combo.Input(
-    "recipe",
-    options=list(RECIPES),
-    default=RECIPES[0],
-    tooltip="How FP4 scales are chosen. nvfp4-max takes the largest value seen in calibration.",
+if TYPE_CHECKING:
+    from ..quant.recipe import QuantizeOptions
+    from ..quant.sources.source import FluxSource
+
+SAMPLES = Samples.Input(
+    "samples", tooltip="What 'FLUX Calibration Samples' made of your pictures."
 )
-FP8_ATTENTION = io.Boolean.Input(
-    "fp8_attention",
-    display_name="fp8 attention",
-    default=True,
-    tooltip="Run attention in FP8 as well. It is faster on every supported GPU; turn it off to "
-    "compare image quality with bf16 attention.",
+NAME = io.String.Input(
+    "name",
+    default="flux-nvfp4",
+    tooltip="Name of the quantized checkpoint. A checkpoint of the same name is replaced.",
+)
+CHECKPOINT_OUTPUT = io.Combo.Output(
+    display_name="checkpoint",
+    tooltip="Name of the quantized checkpoint, for 'Export FLUX FP4 to ONNX'.",
 )
 
 
@@ -31,15 +34,15 @@ def source_input() -> io.Combo.Input:
     return io.Combo.Input(
         "checkpoint",
         options=paths.source_checkpoints(),
-        tooltip="FLUX.1 checkpoint in models/diffusion_models: bf16, fp16 or fp32 "
-        "safetensors in BFL or ComfyUI layout.",
+        tooltip="FLUX checkpoint in models/diffusion_models: safetensors in BFL, ComfyUI or "
+        "diffusers layout, in bf16, fp16, fp32, FP8 or NVFP4.",
     )
 
 
 class Quantize(io.ComfyNode):
-    """Quantizes a FLUX.1 checkpoint to NVFP4, one block at a time, and writes it to
-    models/flux_fp4. Modulation, embedders and the final layer keep their precision. Nothing is done
-    when an up-to-date checkpoint of this name exists."""
+    """Quantizes a FLUX checkpoint, one block at a time, and writes it to models/flux_fp4. Embedders
+    and the final layer keep their precision. Cancel at any time: the next run goes on after the
+    last finished block. Nothing is done when an up-to-date checkpoint of this name exists."""
 
     ledger = OutputLedger()
 
@@ -50,36 +53,16 @@ class Quantize(io.ComfyNode):
             display_name="Quantize FLUX to FP4",
             category=CATEGORY,
             description=description(Quantize),
-            search_aliases=["fp4", "nvfp4", "quantize", "ptq", "modelopt", "compress flux"],
+            search_aliases=["fp4", "nvfp4", "svdquant", "quantize", "ptq", "modelopt", "fp8"],
             is_output_node=True,
             hidden=[io.Hidden.unique_id],
-            inputs=[
-                source_input(),
-                Samples.Input(
-                    "samples", tooltip="What 'FLUX Calibration Samples' made of your pictures."
-                ),
-                io.String.Input(
-                    "name",
-                    default="flux-nvfp4",
-                    tooltip="Name of the quantized checkpoint. A checkpoint of the same name is "
-                    "replaced.",
-                ),
-                RECIPE,
-                FP8_ATTENTION,
-            ],
-            outputs=[
-                io.Combo.Output(
-                    display_name="checkpoint",
-                    tooltip="Name of the quantized checkpoint, for 'Export FLUX FP4 to ONNX'.",
-                )
-            ],
+            inputs=[source_input(), SAMPLES, NAME, recipe_input(), FP8_ATTENTION, *ADVANCED],
+            outputs=[CHECKPOINT_OUTPUT],
         )
 
     @classmethod
     def validate_inputs(cls, name: str) -> bool | str:
-        # None while the name comes through a link; it is checked when the node runs.
-        fault = None if name is None else paths.name_fault(name)
-        return True if fault is None else f"{name!r} cannot be used: {fault}"
+        return _name_verdict(name)
 
     @classmethod
     def fingerprint_inputs(cls, checkpoint: str | None, **_options: Any) -> tuple[Any, int]:
@@ -88,19 +71,97 @@ class Quantize(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, checkpoint: str, samples: Any, name: str, recipe: str, fp8_attention: bool
+        cls,
+        checkpoint: str,
+        samples: Any,
+        name: str,
+        recipe: str,
+        fp8_attention: bool,
+        **advanced: Any,
     ) -> io.NodeOutput:
-        from . import reports, stages
-        from .progress import NodeProgress
+        from ..quant.sources.source import open_source
 
-        source = paths.source_checkpoint(checkpoint)
-        destination = paths.new_checkpoint(name)
-        options = QuantizeOptions(recipe=recipe, fp8_attention=fp8_attention)
-        progress = NodeProgress(cls.hidden.unique_id)
-        quantized = stages.up_to_date_checkpoint(source, destination, options, samples.digest())
-        if quantized is None:
-            quantized = stages.quantize(source, destination, samples, options, progress)
-        cls.ledger.record(cls.hidden.unique_id, [destination])
-        text = reports.quantized_summary(quantized)
-        progress.show(text)
-        return io.NodeOutput(name, ui=ui.PreviewText(text))
+        source = open_source(paths.source_checkpoint(checkpoint))
+        options = options_from(recipe, fp8_attention, **advanced)
+        return _quantized(cls, source, samples, name, options)
+
+
+class QuantizeModel(io.ComfyNode):
+    """Quantizes a MODEL as it would be sampled: a FLUX with LoRAs merged into it becomes one
+    quantized checkpoint that needs them no more. Otherwise like 'Quantize FLUX to FP4'."""
+
+    ledger = OutputLedger()
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FluxFP4QuantizeModel",
+            display_name="Quantize FLUX MODEL to FP4",
+            category=CATEGORY,
+            description=description(QuantizeModel),
+            search_aliases=["fp4", "nvfp4", "quantize", "merge lora", "bake lora", "model"],
+            is_output_node=True,
+            hidden=[io.Hidden.unique_id],
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip="FLUX from 'Load Diffusion Model' or a LoRA loader. Not an engine.",
+                ),
+                SAMPLES,
+                NAME,
+                recipe_input(),
+                FP8_ATTENTION,
+                *ADVANCED,
+            ],
+            outputs=[CHECKPOINT_OUTPUT],
+        )
+
+    @classmethod
+    def validate_inputs(cls, name: str) -> bool | str:
+        return _name_verdict(name)
+
+    @classmethod
+    def fingerprint_inputs(cls, **_inputs: Any) -> int:
+        return cls.ledger.fingerprint(cls.hidden.unique_id)
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        samples: Any,
+        name: str,
+        recipe: str,
+        fp8_attention: bool,
+        **advanced: Any,
+    ) -> io.NodeOutput:
+        from .model_source import ModelSource
+
+        options = options_from(recipe, fp8_attention, **advanced)
+        return _quantized(cls, ModelSource(model), samples, name, options)
+
+
+def _quantized(
+    node: type[Quantize] | type[QuantizeModel],
+    source: FluxSource,
+    samples: Any,
+    name: str,
+    options: QuantizeOptions,
+) -> io.NodeOutput:
+    from . import reports, stages
+    from .progress import NodeProgress
+
+    destination = paths.new_checkpoint(name)
+    progress = NodeProgress(node.hidden.unique_id)
+    quantized = stages.up_to_date_checkpoint(source, destination, options, samples.digest())
+    if quantized is None:
+        quantized = stages.quantize(source, destination, samples, options, progress)
+    node.ledger.record(node.hidden.unique_id, [destination])
+    text = reports.quantized_summary(quantized)
+    progress.show(text)
+    return io.NodeOutput(name, ui=ui.PreviewText(text))
+
+
+def _name_verdict(name: str | None) -> bool | str:
+    # None while the name comes through a link; it is checked when the node runs.
+    fault = None if name is None else paths.name_fault(name)
+    return True if fault is None else f"{name!r} cannot be used: {fault}"

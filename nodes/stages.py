@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ..quant.calibration import CalibrationSet
     from ..quant.quantized_checkpoint import QuantizedCheckpoint
     from ..quant.recipe import QuantizeOptions
+    from ..quant.sources.source import FluxSource
     from ..trt_runtime.manifest import EngineManifest
     from ..trt_runtime.spec import BuildSpec
     from .engine_patcher import EnginePatcher
@@ -25,36 +26,27 @@ while scales are searched, and the activations of a few dozen samples."""
 
 
 def up_to_date_checkpoint(
-    source: Path, destination: Path, options: QuantizeOptions, calibration: str | None
+    source: FluxSource, destination: Path, options: QuantizeOptions, calibration: str | None
 ) -> QuantizedCheckpoint | None:
     """Return the quantized checkpoint at `destination` if quantizing again would change nothing.
 
     Args:
-        source: The FLUX checkpoint.
+        source: The weights.
         destination: The quantized checkpoint, which may not exist.
         options: How it should be quantized.
         calibration: Digest of the samples; None accepts any samples.
     """
-    from ..quant.quantize import file_digest
     from ..quant.quantized_checkpoint import QuantizedCheckpoint
 
     if not destination.is_file():
         return None
     checkpoint = QuantizedCheckpoint.read(destination)
     digest = checkpoint.metadata.calibration_digest if calibration is None else calibration
-    status = source.stat()
-    if not checkpoint.was_made_from(source.name, status.st_size, options, digest):
-        return None
-    # Name and size of two fine-tunes can be equal, and hashing 24 GB takes seconds to minutes: only
-    # a source that was written or renamed after the result is read again.
-    touched_ns = max(status.st_mtime_ns, status.st_ctime_ns)
-    if touched_ns > destination.stat().st_mtime_ns:
-        return checkpoint if file_digest(source) == checkpoint.metadata.source_digest else None
-    return checkpoint
+    return checkpoint if checkpoint.was_made_from(source.digest(), options, digest) else None
 
 
 def quantize(
-    source: Path,
+    source: FluxSource,
     destination: Path,
     calibration: CalibrationSet,
     options: QuantizeOptions,
@@ -65,7 +57,10 @@ def quantize(
 
     device = comfy.model_management.get_torch_device()
     comfy.model_management.free_memory(QUANTIZE_BYTES, device)
-    return quantize_checkpoint(source, destination, calibration, options, progress, str(device))
+    statistics = paths.statistics_folder()
+    return quantize_checkpoint(
+        source, destination, calibration, options, statistics, progress, str(device)
+    )
 
 
 def export(checkpoint: Path, progress: NodeProgress) -> tuple[Path, ...]:

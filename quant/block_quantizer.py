@@ -1,34 +1,27 @@
-"""Calibrating, packing and measuring one block."""
+"""Packing one block by its statistics, and measuring what that did to it."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional
 
-from .calibration import SampleState
-from .emulation import attention_root_scale, emulated_block
-from .errors import NotFiniteError
-from .flux.blocks import DoubleStreamBlock, SingleStreamBlock
-from .flux.config import block_linears
-from .modelopt_calibration import input_amax
-from .nvfp4 import E2M1_MAX, E4M3_MAX, NVFP4Weight, quantize_weight
+from .emulation import attention_root_scale, emulated_block, emulated_linear
+from .linear_quantizer import quantize_linear, smoothing_scales
+from .nvfp4 import E4M3_MAX, NVFP4Weight
 from .quantized_checkpoint import BlockReport, LinearReport, finite_or_limit
-from .recipe import QuantizeOptions
+from .recipe import Format, QuantizeOptions
 from .sqnr import SQNR, sqnr_db
+from .stack import Block, placed, run_block, tokens
+from .statistics import BlockStatistics, LinearStatistics, spread
 
-AMAX_HEADROOM = 1.25
-"""Factor on calibrated activation maxima; ModelOpt's is 1. Other pictures reach a little beyond the
-few samples of a calibration, and what lies beyond is cut off. Room for them is nearly free: block
-scales and FP8 values are floating point with 17 and more powers of two between their ends."""
-
-_REPORT_SAMPLES = 4
-"""Samples whose outputs are compared: the energies average over thousands of tokens each."""
-
-Block = DoubleStreamBlock | SingleStreamBlock
+_REPORT_OUTPUTS = 256
+"""Outputs of a Linear that its report looks at, evenly spaced: with 128 rows, 32768 values."""
 
 
 @dataclass(frozen=True)
@@ -49,47 +42,73 @@ class QuantizedBlock:
 def quantize_block(
     name: str,
     block: Block,
-    source: Mapping[str, Tensor],
-    states: Sequence[SampleState],
+    weights: Mapping[str, Tensor],
+    packed: Mapping[str, NVFP4Weight | None],
+    statistics: BlockStatistics,
     options: QuantizeOptions,
-    heartbeat: Callable[[], None],
-) -> tuple[QuantizedBlock, list[SampleState]]:
-    """Quantize a block and carry the samples through it in full precision.
+    formats: Mapping[str, Format],
+    head_dim: int,
+) -> QuantizedBlock:
+    """Quantize a block.
 
     Args:
         name: For example ``double_blocks.0``.
         block: The block in the type to compute in; unchanged.
-        source: The block's tensors as the checkpoint stores them: weights are packed from these.
-        states: Samples before the block.
+        weights: Of its Linears, as the checkpoint stores them.
+        packed: By Linear: its weight where the checkpoint holds it in NVFP4 already.
+        statistics: Of its inputs.
         options: The recipe.
-        heartbeat: Called between samples; raises to cancel.
+        formats: By Linear.
+        head_dim: Width of an attention head.
 
     Returns:
-        The quantized tensors with their report, and the samples after the block.
+        The quantized tensors with their report.
     """
-    linears = block_linears(name)
-    outputs, amax, attention_amax = _calibrate(name, block, linears, states, heartbeat)
-    weights = {
-        linear: quantize_weight(source[f"{linear}.weight"], f"{name}.{linear}")
-        for linear in linears
-    }
-    tensors = _quantized_tensors(weights, amax)
-    if options.fp8_attention:
-        tensors |= {
-            f"attention.{part}_scale": fp8_scale(AMAX_HEADROOM * attention_amax[part])
-            for part in ("q", "k", "v")
-        }
-    linear_reports, report = _measure(name, block, tensors, weights, states, outputs, heartbeat)
-    reports = tuple(
-        LinearReport(
-            name=f"{name}.{linear}",
-            weight_sqnr_db=linear_reports[linear][0],
-            output_sqnr_db=linear_reports[linear][1],
-            input_amax=amax[linear],
+    smoothing = smoothing_scales(weights, statistics.linears, options.recipe, formats)
+    tensors: dict[str, Tensor] = {}
+    reports = []
+    for linear in formats:
+        full_name, seen = f"{name}.{linear}", statistics.linears[linear]
+        parts = quantize_linear(
+            full_name,
+            weights[linear],
+            packed[linear],
+            seen,
+            options,
+            formats[linear],
+            smoothing.get(linear),
         )
-        for linear in linears
-    )
-    return QuantizedBlock(tensors, reports, report), outputs
+        tensors |= {f"{linear}.{part}": tensor for part, tensor in parts.items()}
+        weight_db, output_db = linear_sqnr_db(block.get_submodule(linear), parts, seen)
+        reports.append(
+            LinearReport(
+                name=full_name,
+                format=formats[linear],
+                weight_sqnr_db=finite_or_limit(weight_db),
+                output_sqnr_db=finite_or_limit(output_db),
+                input_amax=seen.range.amax,
+            )
+        )
+    if options.fp8_attention:
+        tensors |= attention_scales(head_dim, statistics, options)
+    update_db = finite_or_limit(update_sqnr_db(block, tensors, statistics))
+    report = BlockReport(name=name, update_sqnr_db=update_db)
+    return QuantizedBlock(tensors, tuple(reports), report)
+
+
+def attention_scales(
+    head_dim: int, statistics: BlockStatistics, options: QuantizeOptions
+) -> dict[str, Tensor]:
+    """Return ``attention.q_scale``, ``.k_scale`` and ``.v_scale``."""
+    # the plan multiplies q and k by the root before it rounds them
+    root = attention_root_scale(head_dim)
+    factors = {"q": root, "k": root, "v": 1.0}
+    return {
+        f"attention.{part}_scale": fp8_scale(
+            options.headroom * factor * statistics.attention[part].at(options.percentile)
+        )
+        for part, factor in factors.items()
+    }
 
 
 def fp8_scale(amax: float) -> Tensor:
@@ -101,104 +120,46 @@ def fp8_scale(amax: float) -> Tensor:
     return rounded
 
 
-def run_block(block: Block, state: SampleState) -> SampleState:
-    """Carry one sample through a block."""
-    mods = block.modulation_vectors(state.vec)
-    if isinstance(block, DoubleStreamBlock):
-        assert state.txt is not None
-        img, txt = block(state.img, state.txt, state.cos, state.sin, mods)
-        return SampleState(img, txt, state.vec, state.cos, state.sin)
-    x = state.img if state.txt is None else torch.cat((state.txt, state.img), dim=1)
-    return SampleState(block(x, state.cos, state.sin, mods), None, state.vec, state.cos, state.sin)
+def linear_sqnr_db(
+    module: Any, parts: Mapping[str, Tensor], statistics: LinearStatistics
+) -> tuple[float, float]:
+    """Measure a quantized Linear on some of its outputs.
 
+    Args:
+        module: The Linear in high precision.
+        parts: Its quantized tensors by name relative to it.
+        statistics: Their rows are the inputs.
 
-def _calibrate(
-    name: str,
-    block: Block,
-    linears: Sequence[str],
-    states: Sequence[SampleState],
-    heartbeat: Callable[[], None],
-) -> tuple[list[SampleState], dict[str, float], dict[str, float]]:
-    observed = copy.deepcopy(block)
-    attention_amax = dict.fromkeys("qkv", 0.0)
-
-    def observe(module: nn.Module, qkv: tuple[Tensor, Tensor, Tensor]) -> None:
-        root = attention_root_scale(qkv[0].shape[-1])
-        for part, tensor, factor in zip("qkv", qkv, (root, root, 1.0), strict=True):
-            amax = factor * tensor.abs().amax().item()
-            attention_amax[part] = max(attention_amax[part], amax)
-
-    outputs: list[SampleState] = []
-
-    def forward() -> None:
-        for state in states:
-            heartbeat()
-            outputs.append(run_block(observed, state))
-
-    handle = observed.attention.register_forward_pre_hook(observe)
-    amax = input_amax(observed, linears, forward, name)
-    handle.remove()
-    if not all(torch.isfinite(state.img).all() for state in outputs):
-        raise NotFiniteError(
-            f"The output of '{name}'", "Try other latents or prompts for calibration."
-        )
-    return outputs, amax, attention_amax
-
-
-def _quantized_tensors(
-    weights: dict[str, NVFP4Weight], amax: dict[str, float]
-) -> dict[str, Tensor]:
-    tensors = {}
-    for linear, weight in weights.items():
-        tensors[f"{linear}.weight"] = weight.packed
-        tensors[f"{linear}.weight_scale"] = weight.block_scale
-        tensors[f"{linear}.weight_scale_2"] = weight.global_scale
-        # second-level activation scale of NVFP4: ModelOpt 0.47 export_onnx.py, amax / (6 * 448)
-        scale = AMAX_HEADROOM * amax[linear] / (E2M1_MAX * E4M3_MAX)
-        tensors[f"{linear}.input_scale"] = torch.tensor(scale, device=weight.packed.device)
-    return tensors
-
-
-def _measure(
-    name: str,
-    block: Block,
-    tensors: dict[str, Tensor],
-    weights: dict[str, NVFP4Weight],
-    states: Sequence[SampleState],
-    outputs: Sequence[SampleState],
-    heartbeat: Callable[[], None],
-) -> tuple[dict[str, tuple[float, float]], BlockReport]:
-    emulated = emulated_block(block, tensors)
-    output_ratio = {linear: SQNR() for linear in weights}
-
-    def compare(linear: str) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-            output_ratio[linear].add(output, emulated.get_submodule(linear)(inputs[0]))
-
-        return hook
-
-    handles = [
-        block.get_submodule(linear).register_forward_hook(compare(linear)) for linear in weights
-    ]
-    update_ratio = SQNR()
-    step = max(1, len(states) // _REPORT_SAMPLES)
-    for state, output in list(zip(states, outputs, strict=True))[::step]:
-        heartbeat()
-        run_block(block, state)
-        actual = run_block(emulated, state)
-        before = _tokens(state)
-        update_ratio.add(_tokens(output) - before, _tokens(actual) - before)
-    for handle in handles:
-        handle.remove()
-    reports = {
-        linear: (
-            finite_or_limit(sqnr_db(block.get_submodule(linear).weight, weight.dequantize())),  # type: ignore[arg-type]
-            finite_or_limit(output_ratio[linear].db),
-        )
-        for linear, weight in weights.items()
+    Returns:
+        SQNR of the weight and of the output, in dB.
+    """
+    outputs = spread(len(module.weight), _REPORT_OUTPUTS).to(module.weight.device)
+    weight = module.weight.detach()[outputs].float()
+    sliced = {
+        f"linear.{part}": tensor[outputs] if part in _BY_OUTPUT and tensor.ndim else tensor
+        for part, tensor in parts.items()
     }
-    return reports, BlockReport(name=name, update_sqnr_db=finite_or_limit(update_ratio.db))
+    bias = None if module.bias is None else module.bias.detach()[outputs].float()
+    holder = SimpleNamespace(get_submodule=lambda _: SimpleNamespace(bias=bias))
+    emulated = emulated_linear("linear", sliced, holder)  # type: ignore[arg-type]
+    x = statistics.rows.to(weight)
+    output_db = sqnr_db(functional.linear(x, weight, bias), emulated(x))
+    return sqnr_db(weight, emulated.effective_weight()), output_db
 
 
-def _tokens(state: SampleState) -> Tensor:
-    return state.img if state.txt is None else torch.cat((state.txt, state.img), dim=1)
+_BY_OUTPUT = ("weight", "weight_scale", "svd_up")
+"""Tensors of a Linear with one row per output."""
+
+
+def update_sqnr_db(
+    block: Block, tensors: Mapping[str, Tensor], statistics: BlockStatistics
+) -> float:
+    """Measure what quantized tensors do to what the block adds to its input, on the probes."""
+    emulated = emulated_block(block, tensors)
+    ratio = SQNR()
+    for probe in statistics.probes:
+        state = placed(probe, block)
+        before = tokens(state).float()
+        expected = tokens(run_block(block, state)).float() - before
+        ratio.add(expected, tokens(run_block(emulated, state)).float() - before)
+    return ratio.db

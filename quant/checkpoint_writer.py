@@ -2,7 +2,9 @@
 
 ``safetensors.save_file`` wants every tensor in memory. Here the layout is declared first, room
 for the header is kept, each tensor is written to its place as it is made, and the header goes in
-at the end, padded with spaces as the format allows. The file takes its name only when complete.
+at the end, padded with spaces as the format allows. The file takes its name only when complete;
+until then it and the journal beside it say which parts are done, so that work can go on after a
+cancel or a crash.
 """
 
 from __future__ import annotations
@@ -10,19 +12,22 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import os
 import shutil
 import struct
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from blake3 import blake3
+from filelock import FileLock, Timeout
 from torch import Tensor
 
-from .errors import DiskFullError
+from .errors import CheckpointBusyError, DiskFullError
+from .journal import Journal
 from .quantized_checkpoint import METADATA_KEY, QuantizedMetadata
 
 _DTYPES = {
@@ -39,18 +44,28 @@ _REPORT_BYTES = 400
 """Room for one report entry: its longest name and three numbers take under 250 bytes."""
 
 
-class CheckpointWriter:
-    """Writes a quantized checkpoint atomically; a context manager.
+logger = logging.getLogger(__name__)
 
-    Leaving the context without ``finish`` removes everything that was written.
+
+class CheckpointWriter:
+    """Writes a quantized checkpoint atomically and resumably; a context manager.
+
+    Leaving the context without ``finish`` keeps the parts that ``finish_part`` declared done, or
+    removes everything if there are none.
+
+    Attributes:
+        finished: Note of each part that an earlier run with the same job finished.
     """
 
-    def __init__(self, path: Path, layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]):
+    def __init__(
+        self, path: Path, layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], job: str
+    ):
         """Lay the file out.
 
         Args:
             path: Final name; a file there is replaced by ``finish``, and only then.
             layout: dtype and shape of every tensor by name.
+            job: Names what the bytes depend on; only the work of an equal job is taken up again.
         """
         self._path = path
         self._layout = dict(layout)
@@ -67,19 +82,29 @@ class CheckpointWriter:
         self._data_start = 8 + room + -room % _ALIGNMENT
         self._total_bytes = self._data_start + end
         self._digests: dict[str, str] = {}
+        self._job = blake3(repr((job, self._offsets, self._data_start)).encode()).hexdigest()
+        self._partial = path.with_name(f".{path.stem}.partial")
+        self._journal = Journal(path.with_name(f".{path.stem}.journal"))
+        self._lock = FileLock(path.with_name(f".{path.stem}.lock"), timeout=0)
+        self.finished: dict[str, Any] = {}
 
     def __enter__(self) -> CheckpointWriter:
-        """Create the temporary file beside the final one.
+        """Open the unfinished file beside the final one, or create it.
 
         Raises:
             DiskFullError: The disk has less room than the file needs.
+            CheckpointBusyError: Another process is writing this checkpoint.
         """
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self._path.parent).free
-        if free < self._total_bytes:
-            raise DiskFullError(self._path.name, self._total_bytes, free)
-        self._temporary = self._path.with_name(f".{self._path.stem}-{uuid.uuid4().hex}.tmp")
-        self._file = self._temporary.open("x+b")
+        try:
+            self._lock.acquire()
+        except Timeout as error:
+            raise CheckpointBusyError(self._path.name) from error
+        try:
+            self._resume_or_create()
+        except BaseException:
+            self._lock.release()
+            raise
         return self
 
     def __exit__(
@@ -88,13 +113,27 @@ class CheckpointWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Close the file, and remove it unless it was finished."""
+        """Close the file; keep it for another run only if that would find finished parts."""
         with contextlib.suppress(OSError):
             self._file.close()
-        self._temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        if full or not self.finished:
+            self._remove_unfinished()
+        self._lock.release()
+        if full:
             free = shutil.disk_usage(self._path.parent).free
             raise DiskFullError(self._path.name, self._total_bytes, free) from error
+
+    def check_disk(self) -> None:
+        """Refuse to begin what the disk cannot hold.
+
+        Raises:
+            DiskFullError: It has less room than the file needs.
+        """
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self._path.parent).free
+        if free < self._total_bytes:
+            raise DiskFullError(self._path.name, self._total_bytes, free)
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Write one tensor to its place; dtype and shape must be those declared."""
@@ -104,6 +143,20 @@ class CheckpointWriter:
         self._file.seek(self._data_start + self._offsets[name][0])
         self._file.write(data.data)
         self._digests[name] = blake3(data.data).hexdigest()
+
+    def finish_part(self, part: str, note: Any) -> None:
+        """Declare everything added since the last part done, for good.
+
+        Args:
+            part: Its name.
+            note: JSON value that a later run finds in ``finished``.
+        """
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        known = {name for entry in self._journal.entries for name in entry["digests"]}
+        digests = {name: self._digests[name] for name in self._digests if name not in known}
+        self._journal.append({"part": part, "note": note, "digests": digests})
+        self.finished[part] = note
 
     def content_digest(self) -> str:
         """Return the digest over names and bytes of all tensors; all must be written."""
@@ -125,7 +178,8 @@ class CheckpointWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        self._temporary.replace(self._path)
+        self._partial.replace(self._path)
+        self.finished.clear()
 
     def _header(self, metadata: str) -> bytes:
         entries: dict[str, object] = {"__metadata__": {"format": "pt", METADATA_KEY: metadata}}
@@ -137,3 +191,32 @@ class CheckpointWriter:
                 "data_offsets": list(span),
             }
         return json.dumps(entries, separators=(",", ":")).encode()
+
+    def _resume_or_create(self) -> None:
+        entries = self._journal.read(self._job)
+        if entries and self._partial.is_file():
+            self._file = self._partial.open("r+b")
+            for entry in entries:
+                if not self._holds(entry["digests"]):
+                    break
+                self._digests |= entry["digests"]
+                self.finished[entry["part"]] = entry["note"]
+            self._journal.entries = entries[: len(self.finished)]
+            logger.info("Found %d finished parts of %s", len(self.finished), self._path.name)
+            return
+        self._remove_unfinished()
+        self.check_disk()
+        self._file = self._partial.open("x+b")
+        self._journal.start(self._job)
+
+    def _holds(self, digests: Mapping[str, str]) -> bool:
+        for name, digest in digests.items():
+            begin, end = self._offsets[name]
+            self._file.seek(self._data_start + begin)
+            if blake3(self._file.read(end - begin)).hexdigest() != digest:
+                return False
+        return True
+
+    def _remove_unfinished(self) -> None:
+        self._partial.unlink(missing_ok=True)
+        self._journal.remove()

@@ -116,10 +116,10 @@ class NoiseCheckpointError(QuantError):
     def __init__(self, name: str, layout: str, velocity_sqnr_db: float) -> None:
         self.name, self.layout, self.velocity_sqnr_db = name, layout, velocity_sqnr_db
         super().__init__(
-            f"'{name}' was read as {layout}, and such a model predicts your calibration pictures at "
-            f"{velocity_sqnr_db:.1f} dB; above 0 dB is needed. Either the file orders its FP4 values "
-            "in another way than it says, or the pictures are not encoded for this model. Choose the "
-            "bf16 checkpoint instead, or encode the pictures with the model's own VAE."
+            f"'{name}' was read as {layout}, and such a model predicts your calibration pictures "
+            f"at {velocity_sqnr_db:.1f} dB; above 0 dB is needed. Either the file orders its FP4 "
+            "values in another way than it says, or the pictures are not encoded for this model. "
+            "Choose the bf16 checkpoint, or encode the pictures with the model's own VAE."
         )
 
 

@@ -1,9 +1,12 @@
 """The quantized checkpoint: one safetensors file that every later stage reads by byte ranges.
 
-Per quantized Linear: ``weight`` U8 ``[N, K/2]`` (two E2M1 codes a byte, even element low),
-``weight_scale`` F8_E4M3 ``[N, K/16]``, ``weight_scale_2`` and ``input_scale`` F32 scalars. With
-FP8 attention each block has ``attention.q_scale``, ``.k_scale`` and ``.v_scale``. Everything else
-keeps its name and a high-precision dtype.
+Per block Linear in NVFP4: ``weight`` U8 ``[N, K/2]`` (two E2M1 codes a byte, even element low),
+``weight_scale`` F8_E4M3 ``[N, K/16]``, ``weight_scale_2`` and ``input_scale`` F32 scalars, and
+where the recipe says so ``pre_quant_scale`` ``[K]``, ``svd_down`` ``[r, K]`` and ``svd_up``
+``[N, r]``. In FP8: ``weight`` F8_E4M3 ``[N, K]``, ``weight_scale`` F32 ``[N]``, ``input_scale`` F32
+scalar. With FP8 attention each block has ``attention.q_scale``, ``.k_scale`` and ``.v_scale``.
+Modulation may be stored in ComfyUI's own quantized layouts. Everything else keeps its name and a
+high-precision dtype.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from torch import Tensor
 
 from .errors import QuantizedCheckpointError
 from .flux.config import FluxConfig, block_linears
-from .recipe import QuantizeOptions
+from .recipe import Format, QuantizeOptions
 from .safetensors_header import StoredTensor, read_header
 
 METADATA_KEY = "flux_fp4"
@@ -31,6 +34,7 @@ class LinearReport(BaseModel):
 
     Attributes:
         name: Full name, for example ``double_blocks.0.img_attn.qkv``.
+        format: What it is stored in.
         weight_sqnr_db: Of the weight against the source weight.
         output_sqnr_db: Of the Linear's output with quantized weight and input, over some of the
             calibration samples.
@@ -40,6 +44,7 @@ class LinearReport(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
+    format: Format
     weight_sqnr_db: float
     output_sqnr_db: float
     input_amax: float
@@ -61,14 +66,17 @@ class QuantizedMetadata(BaseModel):
         format_version: Of this layout.
         variant: FLUX model, for example ``flux1-dev``.
         config: The transformer's sizes.
-        recipe: How it was quantized.
-        fp8_attention: Whether q, k and v scales are present.
+        options: How it was quantized.
         high_precision: Type of everything that is not quantized inside a plan.
         calibration_digest: Of the calibration samples.
         calibration_samples: How many there were.
+        calibration_seed: Of their noise; None if they came from elsewhere.
+        velocity_sqnr_db: How well the model in full precision predicts the velocity of the
+            calibration samples: about 0 dB for a model that predicts nothing. None if unknown.
         source_name: File name of the source checkpoint.
+        source_layout: How that stores its tensors.
         source_bytes: Its size.
-        source_digest: blake3 of the whole source file.
+        source_digest: ``FluxSource.digest`` of it.
         content_digest: blake3 over names and bytes of every tensor here.
         linears: Report by Linear.
         blocks: Report by block.
@@ -76,20 +84,32 @@ class QuantizedMetadata(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     variant: str
     config: FluxConfig
-    recipe: str
-    fp8_attention: bool
+    options: QuantizeOptions
     high_precision: Literal["bf16", "fp16", "fp32"]
     calibration_digest: str
     calibration_samples: int
+    calibration_seed: int | None
+    velocity_sqnr_db: float | None
     source_name: str
+    source_layout: str
     source_bytes: int
     source_digest: str
     content_digest: str
     linears: tuple[LinearReport, ...]
     blocks: tuple[BlockReport, ...]
+
+    @property
+    def recipe(self) -> str:
+        """Name of the recipe."""
+        return self.options.recipe.name
+
+    @property
+    def fp8_attention(self) -> bool:
+        """Whether q, k and v scales are present."""
+        return self.options.fp8_attention
 
 
 @dataclass(frozen=True)
@@ -147,32 +167,46 @@ class QuantizedCheckpoint:
         with safe_open(self.path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in self.tensors if not is_in_plan(name)}
 
-    def was_made_from(
-        self, source_name: str, source_bytes: int, options: QuantizeOptions, calibration: str
-    ) -> bool:
-        """Tell whether quantizing again with these inputs would write the same file.
+    def linear_format(self, linear: str) -> Format:
+        """Tell a block Linear's format from its stored dtype."""
+        return _FORMATS.get(self.tensors[f"{linear}.weight"].dtype, "bf16")
 
-        The source is compared by name and size; ``source_digest`` names it exactly.
-        """
+    def was_made_from(self, source_digest: str, options: QuantizeOptions, calibration: str) -> bool:
+        """Tell whether quantizing again with these inputs would write the same file."""
         metadata = self.metadata
         return (
-            metadata.source_name == source_name
-            and metadata.source_bytes == source_bytes
-            and metadata.recipe == options.recipe
-            and metadata.fp8_attention == options.fp8_attention
+            metadata.source_digest == source_digest
+            and metadata.options == options
             and metadata.calibration_digest == calibration
         )
 
     def _check_complete(self) -> None:
-        needed = quantized_tensor_names(self.metadata.config, self.metadata.fp8_attention)
-        missing = sorted(needed - set(self.tensors))
-        if self.metadata.recipe != UNQUANTIZED and missing:
+        missing = sorted(self._needed() - set(self.tensors))
+        if missing:
             reason = f"it lacks {len(missing)} quantized tensors (first: '{missing[0]}')"
             raise QuantizedCheckpointError(self.path.name, reason)
 
+    def _needed(self) -> set[str]:
+        config, needed = self.metadata.config, set()
+        for block in config.block_names:
+            for linear in (f"{block}.{part}" for part in block_linears(block)):
+                needed.add(f"{linear}.weight")
+                if f"{linear}.weight" in self.tensors:
+                    parts = FORMAT_PARTS[self.linear_format(linear)]
+                    needed |= {f"{linear}.{part}" for part in parts}
+            if self.metadata.fp8_attention:
+                needed |= {f"{block}.attention.{part}_scale" for part in ("q", "k", "v")}
+        return needed
 
-UNQUANTIZED = "unquantized"
-"""Recipe of a file whose Linears are all high precision: the reference for exported graphs."""
+
+_FORMATS: dict[str, Format] = {"U8": "nvfp4", "F8_E4M3": "fp8"}
+
+FORMAT_PARTS: dict[Format, tuple[str, ...]] = {
+    "nvfp4": ("weight", "weight_scale", "weight_scale_2", "input_scale"),
+    "fp8": ("weight", "weight_scale", "input_scale"),
+    "bf16": ("weight",),
+}
+"""Tensors that a Linear of each format always has, besides its bias."""
 
 
 def is_in_plan(tensor: str) -> bool:
@@ -180,17 +214,6 @@ def is_in_plan(tensor: str) -> bool:
     in_block = tensor.startswith(("double_blocks.", "single_blocks."))
     modulation = (".img_mod.", ".txt_mod.", ".modulation.")
     return in_block and not any(part in tensor for part in modulation)
-
-
-def quantized_tensor_names(config: FluxConfig, fp8_attention: bool) -> set[str]:
-    """Return the names of every tensor that quantization adds or replaces."""
-    parts = ("weight", "weight_scale", "weight_scale_2", "input_scale")
-    names = set()
-    for block in config.block_names:
-        names |= {f"{block}.{linear}.{part}" for linear in block_linears(block) for part in parts}
-        if fp8_attention:
-            names |= {f"{block}.attention.{part}" for part in ("q_scale", "k_scale", "v_scale")}
-    return names
 
 
 def _parsed_metadata(name: str, metadata: Mapping[str, str]) -> QuantizedMetadata:

@@ -9,16 +9,15 @@ import pytest
 import torch
 from flux_fp4.quant.flux.config import block_linears
 from flux_fp4.quant.onnx_export import export_blocks
-from flux_fp4.quant.quantize import quantize_checkpoint
 from flux_fp4.quant.quantized_checkpoint import QuantizedCheckpoint
-from flux_fp4.quant.recipe import QuantizeOptions
 from flux_fp4.tests.unit.trt_runtime.block_inputs import block_inputs
 from flux_fp4.tests.unit.trt_runtime.small_spec import SMALL_SPEC
 from flux_fp4.trt_runtime.builder import build_engine
 from flux_fp4.trt_runtime.engine import Engine
 from flux_fp4.trt_runtime.signature import read_block_folder
 from mixed_checkpoint import FORMATS, linears_in_plans, save_mixed
-from tiny_flux import TINY, ignore_progress, random_flux, random_samples, save_flux
+from quantize_tiny import quantize
+from tiny_flux import TINY, ignore_progress, random_flux, save_flux
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +25,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> QuantizedCheckpoint:
     folder = tmp_path_factory.mktemp("model")
     source = save_flux(random_flux(), folder / "source.safetensors")
     path = folder / "tiny" / "tiny.safetensors"
-    result = quantize_checkpoint(source, path, random_samples(), QuantizeOptions(), ignore_progress)
+    result = quantize(source, path)
     export_blocks(path, ignore_progress)
     return result
 
@@ -103,16 +102,16 @@ def test_mixed_formats_in_one_block_build(tmp_path: Path) -> None:
         assert (entry.fp4_gemms_found, entry.fp8_gemms_found) == (fp4, own.count("fp8"))
 
 
+@pytest.mark.parametrize("kind", FORMATS)
 def test_dynamic_batch_builds_where_the_smallest_equals_the_number_of_heads(
-    tmp_path: Path,
+    tmp_path: Path, kind: str
 ) -> None:
     config = TINY.model_copy(update={"hidden_size": 128, "num_heads": 1, "depth_single_blocks": 1})
-    source = save_flux(random_flux(config), tmp_path / "source.safetensors")
-    path = tmp_path / "one_head" / "one_head.safetensors"
-    samples = random_samples(config)
-    quantize_checkpoint(source, path, samples, QuantizeOptions(), ignore_progress)
-    export_blocks(path, ignore_progress)
+    model = random_flux(config)
+    save_mixed(
+        model, tmp_path / "one_head.safetensors", dict.fromkeys(linears_in_plans(model), kind)
+    )
+    export_blocks(tmp_path / "one_head.safetensors", ignore_progress)
     spec = replace(SMALL_SPEC, profile=replace(SMALL_SPEC.profile, max_batch=2))
-    manifest = build_engine(path.parent, spec, ignore_progress)
-    assert [entry.fp4_gemms_found for entry in manifest.blocks] == [8, 2]
+    manifest = build_engine(tmp_path, spec, ignore_progress)
     assert [entry.fp8_mha_found for entry in manifest.blocks] == [1, 1]

@@ -3,10 +3,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from flux_fp4.quant.quantize import quantize_checkpoint
 from flux_fp4.quant.quantized_checkpoint import QuantizedCheckpoint
-from flux_fp4.quant.recipe import QuantizeOptions
-from tiny_flux import ignore_progress, random_flux, random_samples, save_flux
+from quantize_tiny import quantize
+from tiny_flux import random_flux, save_flux
 
 
 @pytest.fixture(scope="session")
@@ -19,4 +18,4 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quantized(source: Path, tmp_path_factory: pytest.TempPathFactory) -> QuantizedCheckpoint:
     """The same quantized, FP8 attention included."""
     path = tmp_path_factory.mktemp("models") / "tiny" / "tiny.safetensors"
-    return quantize_checkpoint(source, path, random_samples(), QuantizeOptions(), ignore_progress)
+    return quantize(source, path)

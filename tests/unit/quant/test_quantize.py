@@ -8,14 +8,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from flux_fp4.quant import checkpoint_writer
-from flux_fp4.quant.errors import DiskFullError, QuantizedCheckpointError, UnknownCheckpointError
+from flux_fp4.quant.errors import CheckpointBusyError, DiskFullError, QuantizedCheckpointError
 from flux_fp4.quant.nvfp4 import quantize_weight
-from flux_fp4.quant.quantize import file_digest, quantize_checkpoint
 from flux_fp4.quant.quantized_checkpoint import QuantizedCheckpoint, is_in_plan
 from flux_fp4.quant.recipe import QuantizeOptions
+from flux_fp4.quant.sources.source import open_source
+from quantize_tiny import quantize, with_recipe
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from tiny_flux import TINY, ignore_progress, random_flux, random_samples, save_flux
+from safetensors.torch import load_file
+from tiny_flux import TINY, random_flux, random_samples, save_flux
 
 
 class Cancelled(BaseException):
@@ -54,7 +55,7 @@ def test_report_matches_the_tensors(source: Path, quantized: QuantizedCheckpoint
         assert f"{report.name}.weight" in before
     for block in metadata.blocks:
         assert 10 < block.update_sqnr_db < 30, f"{block.name}: {block.update_sqnr_db:.1f} dB"
-    assert metadata.source_digest == file_digest(source)
+    assert metadata.source_digest == open_source(source).digest()
     assert metadata.calibration_digest == random_samples().digest()
     assert metadata.variant == "flux1-dev"
 
@@ -117,18 +118,14 @@ def test_file_is_plain_safetensors_with_aligned_tensors(quantized: QuantizedChec
 def test_quantizing_again_gives_the_same_bytes(
     source: Path, quantized: QuantizedCheckpoint, tmp_path: Path
 ) -> None:
-    again = quantize_checkpoint(
-        source, tmp_path / "again.safetensors", random_samples(), QuantizeOptions(), ignore_progress
-    )
+    again = quantize(source, tmp_path / "again.safetensors")
     assert again.path.read_bytes() == quantized.path.read_bytes()
 
 
 def test_prefixed_fp32_checkpoint_quantizes_from_its_own_values(tmp_path: Path) -> None:
     model = random_flux(seed=3)
     path = save_flux(model, tmp_path / "full.safetensors", "model.diffusion_model.", torch.float32)
-    result = quantize_checkpoint(
-        path, tmp_path / "q.safetensors", random_samples(), QuantizeOptions(), ignore_progress
-    )
+    result = quantize(path, tmp_path / "q.safetensors")
     name = "single_blocks.1.linear2.weight"
     expected = quantize_weight(model.state_dict()[name], name)
     assert torch.equal(result.load(name), expected.packed)
@@ -138,13 +135,8 @@ def test_prefixed_fp32_checkpoint_quantizes_from_its_own_values(tmp_path: Path) 
 def test_without_fp8_attention_no_attention_scales_are_written(
     source: Path, tmp_path: Path
 ) -> None:
-    result = quantize_checkpoint(
-        source,
-        tmp_path / "q.safetensors",
-        random_samples(),
-        QuantizeOptions(fp8_attention=False),
-        ignore_progress,
-    )
+    options = QuantizeOptions(fp8_attention=False)
+    result = quantize(source, tmp_path / "q.safetensors", options)
     assert not [name for name in result.tensors if ".attention." in name]
 
 
@@ -158,37 +150,131 @@ def test_high_precision_state_dict_is_all_that_no_plan_holds(
     assert "single_blocks.0.linear1.bias" not in state
 
 
-@pytest.mark.parametrize("calls", [1, 4, 9])
-def test_cancel_leaves_no_file_and_the_old_one_untouched(
-    source: Path, tmp_path: Path, calls: int
-) -> None:
-    destination = tmp_path / "q.safetensors"
-    destination.write_bytes(b"old")
-    left = calls
+def visible(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
 
-    def cancel(phase: str, done: int, total: int) -> None:
-        nonlocal left
-        left -= 1
-        if left == 0:
+
+class CancelAfter:
+    """A progress callback that interrupts as ComfyUI does, and remembers what it heard."""
+
+    def __init__(self, calls: int) -> None:
+        self.left = calls
+        self.phases: list[str] = []
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise Cancelled
+        self.phases.append(phase)
+
+
+def test_cancelled_anywhere_it_goes_on_and_ends_in_the_same_bytes(
+    source: Path, quantized: QuantizedCheckpoint, tmp_path: Path
+) -> None:
+    destination, statistics = tmp_path / "q" / "q.safetensors", tmp_path / "statistics"
+    destination.parent.mkdir()
+    destination.write_bytes(b"old")
+    finished: set[str] = set()
+    for _ in range(100):
+        # three calls further each time; a run that began anew would never come to its end
+        progress = CancelAfter(4 * len(random_samples().samples))
+        with pytest.raises(Cancelled):
+            quantize(source, destination, progress=progress, statistics=statistics)
+        assert destination.read_bytes() == b"old"
+        assert visible(destination.parent) == ["q.safetensors"]
+        if any(phase.startswith("Quantizing") for phase in progress.phases):
+            break
+    for block in range(1, len(TINY.block_names)):
+        progress = CancelAfter(block + 2)
+        with pytest.raises(Cancelled):
+            quantize(source, destination, progress=progress, statistics=statistics)
+        finished |= set(progress.phases)
+    result = quantize(source, destination, statistics=statistics)
+    assert result.path.read_bytes() == quantized.path.read_bytes()
+    assert visible(destination.parent) == ["q.safetensors"]
+    assert not list(destination.parent.glob(".*.partial"))
+
+
+def test_statistics_of_finished_blocks_are_not_collected_again(
+    source: Path, tmp_path: Path
+) -> None:
+    statistics = tmp_path / "statistics"
+    samples = len(random_samples().samples)
+    cancel = CancelAfter(2 + 2 * samples + 1)  # embedding, two blocks, and a part of the third
+    with pytest.raises(Cancelled):
+        quantize(source, tmp_path / "a.safetensors", progress=cancel, statistics=statistics)
+    (folder,) = statistics.iterdir()
+    first, second = (folder / f"{name}.safetensors" for name in TINY.block_names[:2])
+    before = [path.stat().st_mtime_ns for path in (first, second)]
+    heard = CancelAfter(0)
+    quantize(source, tmp_path / "a.safetensors", progress=heard, statistics=statistics)
+    assert [path.stat().st_mtime_ns for path in (first, second)] == before
+    assert f"Passing {TINY.block_names[1]}" in heard.phases
+    assert f"Calibrating {TINY.block_names[2]}" in heard.phases
+    heard = CancelAfter(0)
+    quantize(
+        source,
+        tmp_path / "b.safetensors",
+        with_recipe("nvfp4-mse"),
+        progress=heard,
+        statistics=statistics,
+    )
+    assert not [phase for phase in heard.phases if not phase.startswith(("Quant", "Copying"))]
+
+
+def test_damaged_part_of_an_unfinished_file_is_made_again(
+    source: Path, quantized: QuantizedCheckpoint, tmp_path: Path
+) -> None:
+    destination, statistics = tmp_path / "q.safetensors", tmp_path / "statistics"
+    quantize(source, tmp_path / "other.safetensors", statistics=statistics)
+    with pytest.raises(Cancelled):
+        quantize(source, destination, progress=CancelAfter(4), statistics=statistics)
+    partial = tmp_path / ".q.partial"
+    content = bytearray(partial.read_bytes())
+    spoiled = quantized.tensors[f"{TINY.block_names[0]}.img_attn.qkv.weight"]
+    content[spoiled.offset + 100] ^= 1
+    partial.write_bytes(content)
+    heard = CancelAfter(0)
+    result = quantize(source, destination, progress=heard, statistics=statistics)
+    assert result.path.read_bytes() == quantized.path.read_bytes()
+
+
+def test_other_options_do_not_take_up_unfinished_work(source: Path, tmp_path: Path) -> None:
+    destination, statistics = tmp_path / "q.safetensors", tmp_path / "statistics"
+    quantize(source, tmp_path / "other.safetensors", statistics=statistics)
+    with pytest.raises(Cancelled):
+        quantize(source, destination, progress=CancelAfter(3), statistics=statistics)
+    assert (tmp_path / ".q.partial").is_file()
+    options = QuantizeOptions(headroom=2.0)
+    result = quantize(source, destination, options, statistics=statistics)
+    fresh = quantize(source, tmp_path / "fresh.safetensors", options, statistics=statistics)
+    assert result.path.read_bytes() == fresh.path.read_bytes()
+
+
+def test_two_processes_do_not_write_one_checkpoint(source: Path, tmp_path: Path) -> None:
+    destination = tmp_path / "q.safetensors"
+
+    def second(phase: str, done: int, total: int) -> None:
+        if phase.startswith("Quantizing"):
+            with pytest.raises(CheckpointBusyError, match="written by another process"):
+                quantize(source, destination)
             raise Cancelled
 
     with pytest.raises(Cancelled):
-        quantize_checkpoint(source, destination, random_samples(), QuantizeOptions(), cancel)
-    assert destination.read_bytes() == b"old"
-    assert [path.name for path in tmp_path.iterdir()] == ["q.safetensors"]
+        quantize(source, destination, progress=second)
 
 
-def test_full_disk_is_foreseen(
+def test_full_disk_is_foreseen_before_calibration(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = SimpleNamespace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    heard = CancelAfter(0)
     with pytest.raises(DiskFullError) as caught:
-        quantize_checkpoint(
-            source, tmp_path / "q.safetensors", random_samples(), QuantizeOptions(), ignore_progress
-        )
+        quantize(source, tmp_path / "q.safetensors", progress=heard)
     assert caught.value.free_bytes == 1000
     assert caught.value.needed_bytes > 1_000_000
+    assert not heard.phases
     assert not list(tmp_path.iterdir())
 
 
@@ -200,78 +286,21 @@ def test_disk_that_fills_while_writing_is_a_clear_error(
 
     monkeypatch.setattr(checkpoint_writer.CheckpointWriter, "add", fail)
     with pytest.raises(DiskFullError):
-        quantize_checkpoint(
-            source, tmp_path / "q.safetensors", random_samples(), QuantizeOptions(), ignore_progress
-        )
-    assert not list(tmp_path.iterdir())
+        quantize(source, tmp_path / "q.safetensors", statistics=tmp_path / "statistics")
+    assert visible(tmp_path) == ["statistics"]
+    assert not list(tmp_path.glob(".*.partial"))
 
 
 def test_was_made_from_tells_other_inputs_apart(
     source: Path, quantized: QuantizedCheckpoint
 ) -> None:
-    size, digest = source.stat().st_size, random_samples().digest()
+    model, samples = open_source(source).digest(), random_samples().digest()
     options = QuantizeOptions()
-    assert quantized.was_made_from(source.name, size, options, digest)
-    assert not quantized.was_made_from("other.safetensors", size, options, digest)
-    assert not quantized.was_made_from(source.name, size + 1, options, digest)
-    assert not quantized.was_made_from(source.name, size, options, random_samples(seed=1).digest())
-    no_fp8 = QuantizeOptions(fp8_attention=False)
-    assert not quantized.was_made_from(source.name, size, no_fp8, digest)
-
-
-@pytest.mark.parametrize(
-    ("tensors", "reason"),
-    [
-        ({"lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight": (4, 4)}, "it is a LoRA"),
-        ({"transformer_blocks.0.attn.to_q.weight": (4, 4)}, "diffusers layout"),
-        ({"encoder.block.0.layer.0.SelfAttention.q.weight": (4, 4)}, "T5 text encoder"),
-        ({"decoder.conv_in.weight": (4, 4)}, "it is a VAE"),
-        ({"model.embed.weight": (4, 4)}, "another kind of model"),
-        ({"double_blocks.0.img_attn.qkv.weight": (4, 4)}, "it is incomplete"),
-    ],
-    ids=["lora", "diffusers", "t5", "vae", "unknown", "fragment"],
-)
-def test_other_files_are_refused_by_what_they_are(
-    tensors: dict[str, tuple[int, ...]], reason: str, tmp_path: Path
-) -> None:
-    path = tmp_path / "other.safetensors"
-    save_file({name: torch.zeros(shape) for name, shape in tensors.items()}, path)
-    with pytest.raises(UnknownCheckpointError, match=reason):
-        quantize_checkpoint(
-            path, tmp_path / "q.safetensors", random_samples(), QuantizeOptions(), ignore_progress
-        )
-
-
-def test_file_that_is_no_safetensors_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "page.safetensors"
-    path.write_text("<html>Sign in to download</html>")
-    with pytest.raises(UnknownCheckpointError, match="cannot be read as safetensors"):
-        quantize_checkpoint(
-            path, tmp_path / "q.safetensors", random_samples(), QuantizeOptions(), ignore_progress
-        )
-
-
-@pytest.mark.parametrize("edit", ["missing", "surplus", "shape"])
-def test_checkpoint_that_is_not_quite_flux_names_the_tensor(edit: str, tmp_path: Path) -> None:
-    state = {name: value.bfloat16() for name, value in random_flux().state_dict().items()}
-    if edit == "missing":
-        del state["single_blocks.1.linear2.bias"]
-        expected = "lacks 1 FLUX tensors.*single_blocks.1.linear2.bias"
-    elif edit == "surplus":
-        state["double_blocks.0.img_attn.adapter.weight"] = torch.zeros(2, 2)
-        expected = "1 tensors unknown to FLUX.1.*adapter"
-    else:
-        state["txt_in.bias"] = torch.zeros(3).bfloat16()
-        expected = r"'txt_in.bias' has shape \[3\], not \[256\]"
-    save_file(state, tmp_path / "x.safetensors")
-    with pytest.raises(UnknownCheckpointError, match=expected):
-        quantize_checkpoint(
-            tmp_path / "x.safetensors",
-            tmp_path / "q.safetensors",
-            random_samples(),
-            QuantizeOptions(),
-            ignore_progress,
-        )
+    assert quantized.was_made_from(model, options, samples)
+    assert not quantized.was_made_from(samples, options, samples)
+    assert not quantized.was_made_from(model, options, random_samples(seed=1).digest())
+    for change in ({"fp8_attention": False}, {"modulation": "fp8"}, {"headroom": 1.0}):
+        assert not quantized.was_made_from(model, QuantizeOptions(**change), samples)
 
 
 def test_source_checkpoint_is_no_quantized_checkpoint(source: Path) -> None:

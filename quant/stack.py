@@ -1,0 +1,173 @@
+"""Carrying calibration samples through the stack of blocks, one block in memory at a time."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .calibration import CalibrationSet, SampleState, embedded_samples
+from .errors import NotFiniteError
+from .flux.blocks import (
+    DoubleStreamBlock,
+    SingleStreamBlock,
+    block_from_config,
+    block_modulation,
+)
+from .flux.config import FluxConfig, block_linears
+from .flux.model import Embedders, LastLayer, patchify
+from .progress import Progress
+from .sqnr import SQNR
+from .statistics import BlockObserver, BlockStatistics, probe_states
+from .statistics_files import StatisticsFolder
+
+if TYPE_CHECKING:
+    from .sources.source import FluxSource
+
+logger = logging.getLogger(__name__)
+
+Block = DoubleStreamBlock | SingleStreamBlock
+
+
+def compute_dtype(device: str) -> torch.dtype:
+    """Return the type to run blocks in: bf16 where matrix units multiply it, otherwise fp32."""
+    if device != "cpu" or torch.cpu._is_amx_tile_supported():
+        return torch.bfloat16
+    return torch.float32
+
+
+def block_with_weights(
+    name: str, config: FluxConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype
+) -> Block:
+    """Make a block's module over its tensors, which are shared where their type is ``dtype``."""
+    with torch.device("meta"):
+        block = block_from_config(name, config)
+    state = {part: tensor.to(dtype) for part, tensor in tensors.items()}
+    block.load_state_dict(state, assign=True)
+    return block.requires_grad_(False)
+
+
+def run_block(block: Block, state: SampleState) -> SampleState:
+    """Carry one sample through a block."""
+    mods = block_modulation(block, state.vec, state.shared_mods)
+    if isinstance(block, DoubleStreamBlock):
+        assert state.txt is not None
+        img, txt = block(state.img, state.txt, state.cos, state.sin, mods)
+        return replace(state, img=img, txt=txt)
+    x = state.img if state.txt is None else torch.cat((state.txt, state.img), dim=1)
+    return replace(state, img=block(x, state.cos, state.sin, mods), txt=None)
+
+
+def placed(state: SampleState, block: Block) -> SampleState:
+    """Return a state on a block's device and in its type."""
+    like = next(block.parameters())
+    return replace(
+        state,
+        img=state.img.to(like),
+        txt=None if state.txt is None else state.txt.to(like),
+        vec=state.vec.to(like),
+        cos=state.cos.to(like.device),
+        sin=state.sin.to(like.device),
+        shared_mods=None if state.shared_mods is None else state.shared_mods.to(like),
+    )
+
+
+def tokens(state: SampleState) -> Tensor:
+    """Return all tokens of a state as one sequence ``[1, T + N, D]``, text first."""
+    return state.img if state.txt is None else torch.cat((state.txt, state.img), dim=1)
+
+
+@torch.inference_mode()
+def collect_statistics(
+    source: FluxSource,
+    calibration: CalibrationSet,
+    folder: StatisticsFolder,
+    progress: Progress,
+    device: str,
+    dtype: torch.dtype,
+) -> None:
+    """Make the statistics of every block that has none yet.
+
+    Samples go through the blocks in full precision, so what a block sees does not depend on how
+    any other is quantized.
+
+    Args:
+        source: The model.
+        calibration: The samples.
+        folder: Where statistics are kept; complete afterwards.
+        progress: Called before each block and between samples; may raise to cancel, which keeps
+            the blocks that are done.
+        device: Where to compute.
+        dtype: Type to compute in.
+
+    Raises:
+        CalibrationError: The samples do not fit.
+        NotFiniteError: A weight or an activation is not finite.
+    """
+    blocks = source.config.block_names
+    if folder.velocity_sqnr_db() is not None and all(map(folder.read, blocks)):
+        logger.info("Calibration statistics of %s are in %s", source.name, folder.path)
+        return
+    count = len(calibration.samples)
+    progress(f"Embedding {count} samples", 0, len(blocks))
+    states = embed(source, calibration, device, dtype)
+    for done, name in enumerate(blocks):
+        tensors = source.submodule(name, device)
+        block = block_with_weights(name, source.config, tensors, dtype)
+        statistics = folder.read(name)
+        phase = f"Calibrating {name}" if statistics is None else f"Passing {name}"
+        probes = probe_states(states)
+        with BlockObserver(name, block, block_linears(name), count) as observer:
+            for index, state in enumerate(states):
+                progress(phase, done, len(blocks))
+                states[index] = run_block(block, state)
+        if statistics is None:
+            folder.write(name, observer.statistics(probes))
+        if not all(torch.isfinite(state.img).all() for state in states):
+            raise NotFiniteError(
+                f"The output of '{name}'", "Try other latents or prompts for calibration."
+            )
+    folder.write_velocity_sqnr_db(_velocity_sqnr_db(source, calibration, states))
+
+
+def block_statistics(folder: StatisticsFolder, block: str) -> BlockStatistics:
+    """Read the statistics that ``collect_statistics`` made."""
+    statistics = folder.read(block)
+    if statistics is None:
+        raise FileNotFoundError(f"{folder.path} lost the statistics of {block} while in use")
+    return statistics
+
+
+def embed(
+    source: FluxSource, calibration: CalibrationSet, device: str, dtype: torch.dtype
+) -> list[SampleState]:
+    """Return every sample's state before the first block."""
+    embedders = Embedders(source.config)
+    tensors = source.tensors(embedders.state_dict(), device)
+    embedders.load_state_dict(tensors)
+    return embedded_samples(calibration, embedders.to(device, dtype), source.config)
+
+
+def _velocity_sqnr_db(
+    source: FluxSource, calibration: CalibrationSet, states: Sequence[SampleState]
+) -> float:
+    like = states[0].img
+    layer = LastLayer(source.config)
+    names = {f"final_layer.{part}": part for part in layer.state_dict()}
+    tensors = source.tensors(names, str(like.device))
+    layer.load_state_dict({part: tensors[name] for name, part in names.items()})
+    layer.to(like.device, like.dtype)
+    ratio = SQNR()
+    for sample, state in zip(calibration.samples, states, strict=True):
+        velocity = getattr(sample, "velocity", None)  # XXX
+        if velocity is None:
+            continue
+        target = patchify(velocity, source.config.patch_size)
+        start = sample.conditioning.context.shape[1]
+        predicted = layer(state.img[:, start : start + target.shape[1]], state.vec)
+        ratio.add(target, predicted.float().cpu())
+    return ratio.db

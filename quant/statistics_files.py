@@ -1,0 +1,110 @@
+"""Statistics on disk: one safetensors file per block, in a folder named by model and samples."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .calibration import SampleState
+from .statistics import BlockStatistics, LinearStatistics, RangeStatistics
+
+_VERSION = "1"
+_VELOCITY = "velocity_sqnr_db.txt"
+_STATE = ("img", "txt", "vec", "cos", "sin", "shared_mods")
+
+
+class StatisticsFolder:
+    """The statistics of one model under one set of samples.
+
+    Attributes:
+        path: The folder; it need not exist.
+    """
+
+    def __init__(self, root: Path, source_digest: str, calibration_digest: str) -> None:
+        """Name the folder below ``root`` by what the statistics depend on."""
+        self.path = root / f"{source_digest[:16]}-{calibration_digest[:16]}"
+        self._identity = {
+            "version": _VERSION,
+            "source": source_digest,
+            "calibration": calibration_digest,
+        }
+
+    def read(self, block: str) -> BlockStatistics | None:
+        """Return a block's statistics, or None if they have to be collected (again)."""
+        path = self._file(block)
+        try:
+            with safe_open(path, framework="pt") as file:
+                if file.metadata() != self._identity | {"block": block}:
+                    return None
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError):
+            return None  # a cache: what cannot be read is made again
+        return _from_tensors(tensors)
+
+    def write(self, block: str, statistics: BlockStatistics) -> None:
+        """Store a block's statistics; the file takes its name when it is whole."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        path = self._file(block)
+        temporary = path.with_name(f".{block}-{uuid.uuid4().hex}.tmp")
+        try:
+            save_file(_to_tensors(statistics), temporary, self._identity | {"block": block})
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def velocity_sqnr_db(self) -> float | None:
+        """Return what ``write_velocity_sqnr_db`` stored, or None."""
+        try:
+            return float((self.path / _VELOCITY).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+
+    def write_velocity_sqnr_db(self, db: float) -> None:
+        """Store how well the model predicts the velocity of the samples."""
+        (self.path / _VELOCITY).write_text(f"{db}\n", encoding="utf-8")
+
+    def _file(self, block: str) -> Path:
+        return self.path / f"{block}.safetensors"
+
+
+def _to_tensors(statistics: BlockStatistics) -> dict[str, Tensor]:
+    tensors = {}
+    for linear, entry in statistics.linears.items():
+        tensors[f"linears.{linear}.quantiles"] = entry.range.quantiles
+        tensors[f"linears.{linear}.channel_amax"] = entry.channel_amax
+        tensors[f"linears.{linear}.mean_square"] = entry.mean_square
+        tensors[f"linears.{linear}.rows"] = entry.rows
+    for part, entry_range in statistics.attention.items():
+        tensors[f"attention.{part}.quantiles"] = entry_range.quantiles
+    for index, probe in enumerate(statistics.probes):
+        for name in _STATE:
+            value = getattr(probe, name)
+            if value is not None:
+                tensors[f"probes.{index}.{name}"] = value.contiguous()
+    return tensors
+
+
+def _from_tensors(tensors: Mapping[str, Tensor]) -> BlockStatistics:
+    linears = {
+        name.removeprefix("linears.").removesuffix(".rows"): LinearStatistics(
+            RangeStatistics(tensors[name.removesuffix("rows") + "quantiles"]),
+            tensors[name.removesuffix("rows") + "channel_amax"],
+            tensors[name.removesuffix("rows") + "mean_square"],
+            rows,
+        )
+        for name, rows in tensors.items()
+        if name.endswith(".rows")
+    }
+    attention = {
+        part: RangeStatistics(tensors[f"attention.{part}.quantiles"]) for part in ("q", "k", "v")
+    }
+    probes = []
+    while f"probes.{len(probes)}.img" in tensors:
+        start = f"probes.{len(probes)}"
+        probes.append(SampleState(*(tensors.get(f"{start}.{name}") for name in _STATE)))  # type: ignore[arg-type]
+    return BlockStatistics(linears, attention, tuple(probes))
