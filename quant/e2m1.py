@@ -54,6 +54,14 @@ def decode_e2m1(codes: Tensor) -> Tensor:
     return torch.cat((values, -values))[codes.int()]
 
 
+def decode_packed(packed: Tensor) -> Tensor:
+    """Return the fp32 values ``[..., K]`` of packed codes ``[..., K/2]``."""
+    values = decode_e2m1(torch.arange(16, dtype=torch.uint8, device=packed.device))
+    # byte -> the two fp32 values that it holds, seen as one element: half the look-ups
+    pairs = torch.stack((values.repeat(16), values.repeat_interleave(16)), dim=1)
+    return pairs.view(torch.float64).flatten()[packed.int()].view(torch.float32)
+
+
 def pack_codes(codes: Tensor) -> Tensor:
     """Pack ``[..., K]`` codes two to a byte, even element in the low nibble."""
     pairs = codes.contiguous().view(torch.int16)

@@ -13,14 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .e2m1 import (
-    E2M1_MAX,
-    decode_e2m1,
-    encode_e2m1,
-    pack_codes,
-    round_to_e2m1,
-    unpack_codes,
-)
+from .e2m1 import E2M1_MAX, decode_packed, encode_e2m1, pack_codes, round_to_e2m1
 from .errors import NotFiniteError, UnsupportedWeightError
 from .nvfp4_scales import (
     E4M3_MAX,
@@ -68,9 +61,9 @@ class NVFP4Weight:
 
     def dequantize(self) -> Tensor:
         """Return the fp32 ``[N, K]`` weight that the codes stand for."""
-        values = decode_e2m1(unpack_codes(self.packed)).unflatten(-1, (-1, NVFP4_BLOCK))
+        values = decode_packed(self.packed).unflatten(-1, (-1, NVFP4_BLOCK))
         scale = self.block_scale.float() * self.global_scale
-        return (values * scale[..., None]).flatten(-2)
+        return values.mul_(scale[..., None]).flatten(-2)
 
 
 def quantize_weight(

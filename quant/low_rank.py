@@ -1,0 +1,117 @@
+"""SVDQuant's branch: the largest singular directions of a weight stay in bf16.
+
+``W = up @ down + residual``, and only the residual is quantized (Li et al. 2024, arXiv:2411.05007,
+section 4.2). The branch takes what is large, so the residual's blocks and errors are smaller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+Method = Literal["randomized", "full"]
+
+_OVERSAMPLING = 16
+_POWER_ITERATIONS = 4
+"""Halko, Martinsson, Tropp 2011 (arXiv:0909.4061), algorithm 4.4 with 5 to 10 further directions
+and a few passes. On spectra from i^-0.3 to i^-1 plus noise the residual held 0.01 to 0.5 % more
+energy than the optimum; with 2 passes 0.2 to 1 %."""
+
+
+class _Dequantizable(Protocol):
+    def dequantize(self) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class LowRankBranch:
+    """A weight ``[N, K]`` in two parts.
+
+    Attributes:
+        down: bf16 ``[r, K]``, applied first.
+        up: bf16 ``[N, r]``.
+        residual: fp32 ``[N, K]``: the weight without the *rounded* branch, still to be quantized.
+    """
+
+    down: Tensor
+    up: Tensor
+    residual: Tensor
+
+
+def low_rank_branch(
+    weight: Tensor,
+    rank: int,
+    method: Method = "randomized",
+    refinements: int = 0,
+    quantize: Callable[[Tensor], _Dequantizable] | None = None,
+    seed: int = 0,
+) -> LowRankBranch:
+    """Split the ``rank`` largest singular directions off a weight.
+
+    The first branch is the best approximation of the weight. Each refinement makes it the best
+    approximation of what quantization left over, ``L = svd_r(W - Q(W - L))``, and the branch with
+    the smallest remaining error ``|W - L - Q(W - L)|`` is returned: never a worse one.
+
+    Args:
+        weight: fp32 ``[N, K]``, after smoothing.
+        rank: Directions in the branch.
+        method: ``randomized`` finds the directions by subspace iteration (Halko et al. 2011),
+            ``full`` by a complete SVD in fp64, which takes a hundred times as long.
+        refinements: How often to look at the quantized residual again.
+        quantize: How the residual will be quantized; needed for refinements.
+        seed: Of the randomized method: the same weight and seed give the same branch.
+
+    Returns:
+        The branch and the residual, on the weight's device.
+
+    Raises:
+        ValueError: The rank exceeds the weight's, or refinements lack ``quantize``.
+    """
+    if rank > min(weight.shape):
+        raise ValueError(f"a weight of {list(weight.shape)} has no {rank} singular directions")
+    best = _split(weight, weight, rank, method, seed)
+    if not refinements:
+        return best
+    if quantize is None:
+        raise ValueError("refinements look at the quantized residual: say how it is quantized")
+    current, least = best, torch.inf
+    for refinement in range(refinements + 1):
+        quantized = quantize(current.residual).dequantize()
+        error = torch.linalg.vector_norm(current.residual - quantized).item()
+        if error < least:
+            best, least = current, error
+        if refinement < refinements:
+            current = _split(weight, weight - quantized, rank, method, seed)
+    return best
+
+
+def _split(weight: Tensor, target: Tensor, rank: int, method: Method, seed: int) -> LowRankBranch:
+    # the branch approximates `target`; the residual is what it leaves of `weight`
+    if method == "full":
+        left, sizes, right = torch.linalg.svd(target.double(), full_matrices=False)
+    else:
+        left, sizes, right = _randomized_svd(target, rank, seed)
+    # each factor takes the root of the size, so that neither loses more in bf16
+    root = sizes[:rank].sqrt()
+    up = (left[:, :rank] * root).bfloat16()
+    down = (root[:, None] * right[:rank]).bfloat16()
+    residual = torch.addmm(weight, up.float(), down.float(), alpha=-1)
+    return LowRankBranch(down.contiguous(), up.contiguous(), residual)
+
+
+def _randomized_svd(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    # torch.svd_lowrank does the same, but draws from the global generator
+    generator = torch.Generator(matrix.device).manual_seed(seed)
+    directions = min(rank + _OVERSAMPLING, *matrix.shape)
+    start = torch.randn(
+        matrix.shape[1], directions, generator=generator, device=matrix.device, dtype=matrix.dtype
+    )
+    basis = torch.linalg.qr(matrix @ start).Q
+    for _ in range(_POWER_ITERATIONS):
+        rows = torch.linalg.qr(matrix.mT @ basis).Q
+        basis = torch.linalg.qr(matrix @ rows).Q
+    left, sizes, right = torch.linalg.svd(basis.mT @ matrix, full_matrices=False)
+    return basis @ left, sizes, right
