@@ -16,17 +16,13 @@ from pack_import import register_pack
 
 register_pack()
 
-from flux_fp4.quant.checkpoint_writer import CheckpointWriter  # noqa: E402  # after register_pack
-from flux_fp4.quant.flux.config import block_linears  # noqa: E402
+from flux_fp4.quant.flux.config import block_linears  # noqa: E402  # after register_pack
 from flux_fp4.quant.flux.model import Flux  # noqa: E402
 from flux_fp4.quant.onnx_export import export_blocks  # noqa: E402
-from flux_fp4.quant.quantized_checkpoint import (  # noqa: E402
-    UNQUANTIZED,
-    QuantizedMetadata,
-    is_in_plan,
-)
+from flux_fp4.quant.quantized_checkpoint import is_in_plan  # noqa: E402
 from flux_fp4.trt_runtime.builder import build_engine  # noqa: E402
 from flux_fp4.trt_runtime.spec import BuildSpec, ShapeProfile  # noqa: E402
+from stored_checkpoint import save_stored  # noqa: E402
 from tiny_flux import TINY, ignore_progress  # noqa: E402
 
 CONFIG = TINY.model_copy(
@@ -109,32 +105,16 @@ def checkpoint_layout(kind: str) -> Layout:
 def write_checkpoint(path: Path, kind: str) -> None:
     generator = torch.Generator().manual_seed(0)
     layout = checkpoint_layout(kind)
-    with CheckpointWriter(path, layout) as writer:
-        for name, (dtype, shape) in layout.items():
-            if dtype == torch.uint8:
-                value = torch.randint(0, 256, shape, dtype=dtype, generator=generator)
-            elif shape:
-                value = 1 + torch.rand(shape, generator=generator)
-            else:
-                value = torch.tensor(1e-3)
-            writer.add(name, value.to(dtype))
-        writer.finish(
-            QuantizedMetadata(
-                variant=CONFIG.variant,
-                config=CONFIG,
-                recipe=UNQUANTIZED,
-                fp8_attention=kind != "bf16",
-                high_precision="bf16",
-                calibration_digest="",
-                calibration_samples=0,
-                source_name="random",
-                source_bytes=0,
-                source_digest="",
-                content_digest=writer.content_digest(),
-                linears=(),
-                blocks=(),
-            )
-        )
+    state = {}
+    for name, (dtype, shape) in layout.items():
+        if dtype == torch.uint8:
+            value = torch.randint(0, 256, shape, dtype=dtype, generator=generator)
+        elif shape:
+            value = 1 + torch.rand(shape, generator=generator)
+        else:
+            value = torch.tensor(1e-3)
+        state[name] = value.to(dtype)
+    save_stored(state, path, CONFIG, fp8_attention=kind != "bf16")
 
 
 if __name__ == "__main__":

@@ -6,15 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from flux_fp4.quant.checkpoint_writer import CheckpointWriter
 from flux_fp4.quant.flux.model import Flux
 from flux_fp4.quant.nvfp4 import quantize_weight
 from flux_fp4.quant.quantized_checkpoint import (
-    UNQUANTIZED,
     QuantizedCheckpoint,
-    QuantizedMetadata,
     is_in_plan,
 )
+from stored_checkpoint import save_stored
 from torch import Tensor
 
 FORMATS = ("nvfp4", "nvfp4-awq", "nvfp4-svdquant", "fp8", "bf16")
@@ -75,34 +73,7 @@ def save_mixed(
         for block in model.config.block_names:
             for part, amax in (("q", 8.0), ("k", 8.0), ("v", 6.0)):
                 state[f"{block}.attention.{part}_scale"] = torch.tensor(amax / 448).bfloat16()
-    return _written(model, path, state, fp8_attention, high_precision)
-
-
-def _written(
-    model: Flux, path: Path, state: dict[str, Tensor], fp8_attention: bool, high_precision: str
-) -> QuantizedCheckpoint:
-    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
-    with CheckpointWriter(path, layout) as writer:
-        for name, tensor in state.items():
-            writer.add(name, tensor)
-        writer.finish(
-            QuantizedMetadata(
-                variant=model.config.variant,
-                config=model.config,
-                recipe=UNQUANTIZED,
-                fp8_attention=fp8_attention,
-                high_precision=high_precision,  # type: ignore[arg-type]
-                calibration_digest="",
-                calibration_samples=0,
-                source_name="random",
-                source_bytes=0,
-                source_digest="",
-                content_digest=writer.content_digest(),
-                linears=(),
-                blocks=(),
-            )
-        )
-    return QuantizedCheckpoint.read(path)
+    return save_stored(state, path, model.config, fp8_attention, high_precision)
 
 
 def linears_in_plans(model: Flux) -> tuple[str, ...]:
