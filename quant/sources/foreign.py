@@ -120,6 +120,9 @@ def refuse_other_formats(file: Path, name: str) -> None:
     if not head:
         reason = f"{subject}it cannot be read as safetensors: the file is empty"
         raise DamagedCheckpointError(name, reason)
+    # a header's length may begin with any bytes, those of a pickle included
+    if head[8:9] == b"{":
+        return
     for pattern, reason, next_step in _MAGICS:
         if pattern.match(head):
             raise UnknownCheckpointError(name, subject + reason, next_step=next_step)

@@ -1,7 +1,7 @@
 """From a checkpoint's tensor names to BFL's: prefixes, norm names and diffusers' layout.
 
 diffusers splits Linears that BFL fuses, and stores scale before shift in the last modulation.
-Sources: ComfyUI 0.30 ``comfy/utils.py::flux_to_diffusers``; diffusers 0.36
+Sources: ComfyUI 0.30 ``comfy/utils.py::flux_to_diffusers``; diffusers 0.40.0.dev0
 ``scripts/convert_flux_to_diffusers.py`` and ``loaders/single_file_utils.py::
 convert_flux2_transformer_checkpoint_to_diffusers``.
 """

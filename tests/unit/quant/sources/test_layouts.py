@@ -11,7 +11,7 @@ from checkpoint_layouts import all_in_one_state, diffusers_state, save_sharded, 
 from flux_fp4.quant.errors import DamagedCheckpointError
 from flux_fp4.quant.sources.source import FluxSource, open_source
 from safetensors.torch import save_file
-from tiny_flux import TINY
+from tiny_flux import TINY_VARIANTS, random_flux
 
 State = dict[str, torch.Tensor]
 
@@ -56,29 +56,34 @@ LAYOUTS: dict[str, tuple[str, Callable[[State, Path], Path]]] = {
 }
 
 
-@pytest.fixture(params=LAYOUTS)
-def written(request: pytest.FixtureRequest, state: State, tmp_path: Path) -> tuple[str, Path]:
-    """The layout that is expected and the file in it."""
-    layout, write = LAYOUTS[request.param]
-    return layout, write(state, tmp_path)
-
-
 @pytest.fixture
 def source(state: State, tmp_path: Path) -> FluxSource:
     """A sharded one: it needs everything that a single file needs and more."""
     return open_source(save_sharded(diffusers_state(state), tmp_path))
 
 
-def test_every_layout_gives_the_same_tensors(written: tuple[str, Path], state: State) -> None:
-    layout, path = written
+@pytest.fixture(scope="module", params=TINY_VARIANTS)
+def variant(request: pytest.FixtureRequest) -> tuple[str, State]:
+    """Every model of the family, with bf16 weights."""
+    model = random_flux(TINY_VARIANTS[request.param])
+    return request.param, {name: value.bfloat16() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_same_tensors(
+    variant: tuple[str, State], layout: str, tmp_path: Path
+) -> None:
+    name, state = variant
+    expected, write = LAYOUTS[layout]
+    path = write(state, tmp_path)
     source = open_source(path)
-    assert (source.layout, source.name, source.config) == (layout, path.name, TINY)
-    assert dict(source.shapes) == {name: tuple(value.shape) for name, value in state.items()}
+    assert (source.layout, source.name, source.config) == (expected, path.name, TINY_VARIANTS[name])
+    assert dict(source.shapes) == {key: tuple(value.shape) for key, value in state.items()}
     loaded = source.tensors(state)
     assert loaded.keys() == state.keys()
-    for name, value in state.items():
-        assert loaded[name].dtype == source.dtype(name) == torch.bfloat16
-        assert torch.equal(loaded[name], value), name
+    for key, value in state.items():
+        assert loaded[key].dtype == source.dtype(key) == torch.bfloat16
+        assert torch.equal(loaded[key], value), key
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "fp32"])
