@@ -6,16 +6,11 @@ The runtime reads this contract from the file alone; the two packages share no c
 from __future__ import annotations
 
 import json
-from typing import Literal
 
 from ..flux.config import block_linears
 from ..quantized_checkpoint import QuantizedCheckpoint
 
 CONTRACT_VERSION = 2
-
-WeightFormat = Literal["nvfp4", "fp8", "high precision"]
-
-_FORMAT_OF_DTYPE: dict[str, WeightFormat] = {"U8": "nvfp4", "F8_E4M3": "fp8"}
 
 DOUBLE_MODULATION = tuple(
     f"{stream}_mod{index}_{vector}"
@@ -33,19 +28,17 @@ def block_kind(block: str) -> str:
     return "double" if block.startswith("double_blocks.") else "single"
 
 
-def stored_format(checkpoint: QuantizedCheckpoint, linear: str) -> WeightFormat:
-    """Tell the format of a Linear, by its full name, from the dtype of its weight."""
-    dtype = checkpoint.tensors[f"{linear}.weight"].dtype
-    return _FORMAT_OF_DTYPE.get(dtype, "high precision")
-
-
 def contract_metadata(checkpoint: QuantizedCheckpoint, block: str) -> dict[str, str]:
     """Return the ``metadata_props`` of a block's ONNX file."""
     metadata = checkpoint.metadata
     config = metadata.config
-    by_format: dict[WeightFormat, list[str]] = {"nvfp4": [], "fp8": [], "high precision": []}
-    for linear in block_linears(block):
-        by_format[stored_format(checkpoint, f"{block}.{linear}")].append(linear)
+    formats = {
+        linear: checkpoint.linear_format(f"{block}.{linear}") for linear in block_linears(block)
+    }
+    fp4_linears, fp8_linears = (
+        [linear for linear, stored in formats.items() if stored == wanted]
+        for wanted in ("nvfp4", "fp8")
+    )
     return {
         "flux_fp4.contract": str(CONTRACT_VERSION),
         "flux_fp4.block": block,
@@ -53,8 +46,8 @@ def contract_metadata(checkpoint: QuantizedCheckpoint, block: str) -> dict[str, 
         "flux_fp4.hidden_size": str(config.hidden_size),
         "flux_fp4.num_heads": str(config.num_heads),
         "flux_fp4.high_precision": metadata.high_precision,
-        "flux_fp4.fp4_linears": json.dumps(by_format["nvfp4"]),
-        "flux_fp4.fp8_linears": json.dumps(by_format["fp8"]),
+        "flux_fp4.fp4_linears": json.dumps(fp4_linears),
+        "flux_fp4.fp8_linears": json.dumps(fp8_linears),
         "flux_fp4.fp8_attention": str(int(metadata.fp8_attention)),
         "flux_fp4.depth": str(config.depth),
         "flux_fp4.depth_single_blocks": str(config.depth_single_blocks),

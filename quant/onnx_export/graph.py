@@ -8,8 +8,8 @@ import onnx_ir as ir
 
 from ..emulation import attention_root_scale
 from ..quantized_checkpoint import QuantizedCheckpoint
+from ..recipe import Format
 from ..safetensors_header import StoredTensor
-from .contract import WeightFormat, stored_format
 
 OPSET = 23
 """First opset with FLOAT4E2M1 blocks in DequantizeLinear, RMSNormalization, RotaryEmbedding."""
@@ -108,9 +108,9 @@ class BlockGraph:
         """Tell whether the checkpoint stores this tensor of the block."""
         return f"{self._block}.{tensor}" in self._checkpoint.tensors
 
-    def weight_format(self, linear: str) -> WeightFormat:
+    def linear_format(self, linear: str) -> Format:
         """Tell the format in which a Linear of the block is stored."""
-        return stored_format(self._checkpoint, f"{self._block}.{linear}")
+        return self._checkpoint.linear_format(f"{self._block}.{linear}")
 
     def constant(self, name: str, value: float | np.ndarray) -> ir.Value:
         """Return a constant in the high-precision type; one initializer per name."""

@@ -26,15 +26,13 @@ def linear(graph: BlockGraph, name: str, x: ir.Value, shape: tuple[int | str, ..
     if graph.has(f"{name}.pre_quant_scale"):
         scale = graph.stored(f"{name}.pre_quant_scale")
         x = graph.op("Mul", x, scale, name=f"{name}/Smooth")
-    kind = graph.weight_format(name)
+    kind = graph.linear_format(name)
     if kind == "nvfp4":
         y = nvfp4_linear(graph, name, x, shape)
     elif kind == "fp8":
         y = fp8_linear(graph, name, x)
     else:
         y = graph.op("MatMul", x, _transposed(graph, f"{name}.weight"), name=f"{name}/MatMul")
-    if graph.has(f"{name}.svd_down"):
-        y = graph.op("Add", y, _low_rank_branch(graph, name, x), name=f"{name}/Branch")
     if graph.has(f"{name}.bias"):
         y = graph.op("Add", y, graph.stored(f"{name}.bias"), name=f"{name}/Bias")
     return y
@@ -43,7 +41,7 @@ def linear(graph: BlockGraph, name: str, x: ir.Value, shape: tuple[int | str, ..
 def nvfp4_linear(
     graph: BlockGraph, linear: str, x: ir.Value, shape: tuple[int | str, ...]
 ) -> ir.Value:
-    """Emit one NVFP4 Linear without its bias.
+    """Emit one NVFP4 Linear with its low-rank branch, if it has one, but without its bias.
 
     Two DequantizeLinear on the weight, ``TRT_FP4DynamicQuantize`` and two DequantizeLinear on the
     input, as in ModelOpt 0.47's ``nvfp4_exporter.py`` but for one thing: the scales are cast to
@@ -57,12 +55,21 @@ def nvfp4_linear(
         x: Input ``[B, L, K]``.
         shape: Shape of ``x``.
     """
-    width = int(shape[-1])
     # rank 2 between Quantize and MatMul, at no kernel's cost: with rank 3 and a dynamic batch,
     # TensorRT-RTX 1.7.1 fails to build where the smallest batch equals the number of heads
     lead = graph.op("Shape", x, start=0, end=2)
-    x = graph.op("Reshape", x, graph.integers(-1, width))
-    block = {"axis": -1, "block_size": NVFP4_BLOCK}
+    x = graph.op("Reshape", x, graph.integers(-1, int(shape[-1])))
+    weight = graph.op(
+        "Transpose", _nvfp4_weight(graph, linear), name=f"{linear}/Transpose", perm=[1, 0]
+    )
+    rounded = _nvfp4_input(graph, linear, x, int(shape[-1]))
+    y = graph.op("MatMul", rounded, weight, name=f"{linear}/MatMul")
+    if graph.has(f"{linear}.svd_down"):
+        y = graph.op("Add", y, _low_rank_branch(graph, linear, x), name=f"{linear}/Branch")
+    return graph.op("Reshape", y, graph.op("Concat", lead, graph.integers(-1), axis=0))
+
+
+def _nvfp4_input(graph: BlockGraph, linear: str, x: ir.Value, width: int) -> ir.Value:
     input_scale = graph.stored(f"{linear}.input_scale")
     codes, scale = graph.node(
         "TRT_FP4DynamicQuantize",
@@ -70,33 +77,36 @@ def nvfp4_linear(
         2,
         f"{linear}/Quantize",
         TRT_DOMAIN,
+        axis=-1,
+        block_size=NVFP4_BLOCK,
         scale_type=int(ir.DataType.FLOAT8E4M3FN),
-        **block,
     )
     # shape inference knows no operator of TensorRT's domain
     codes.dtype, codes.shape = ir.DataType.FLOAT4E2M1, ir.Shape((None, width))
     scale.dtype, scale.shape = ir.DataType.FLOAT8E4M3FN, ir.Shape((None, width // NVFP4_BLOCK))
-    scale = graph.op("DequantizeLinear", scale, input_scale, name=f"{linear}/DQ_input_scale")
+    return _dequantized(graph, linear, "input", codes, scale, input_scale)
+
+
+def _nvfp4_weight(graph: BlockGraph, linear: str) -> ir.Value:
+    codes = graph.stored(f"{linear}.weight")
+    block_scale = graph.stored(f"{linear}.weight_scale")
+    global_scale = graph.stored(f"{linear}.weight_scale_2")
+    return _dequantized(graph, linear, "weight", codes, block_scale, global_scale)
+
+
+def _dequantized(
+    graph: BlockGraph,
+    linear: str,
+    part: str,
+    codes: ir.Value,
+    block_scale: ir.Value,
+    global_scale: ir.Value,
+) -> ir.Value:
+    name = f"{linear}/DQ_{part}"
+    scale = graph.op("DequantizeLinear", block_scale, global_scale, name=f"{name}_scale")
     to = int(graph.high_precision)
-    scale = graph.op("Cast", scale, name=f"{linear}/Cast_input_scale", to=to)
-    dequantized = graph.op("DequantizeLinear", codes, scale, name=f"{linear}/DQ_input", **block)
-    block_scale = graph.op(
-        "DequantizeLinear",
-        graph.stored(f"{linear}.weight_scale"),
-        graph.stored(f"{linear}.weight_scale_2"),
-        name=f"{linear}/DQ_weight_scale",
-    )
-    block_scale = graph.op("Cast", block_scale, name=f"{linear}/Cast_weight_scale", to=to)
-    weight = graph.op(
-        "DequantizeLinear",
-        graph.stored(f"{linear}.weight"),
-        block_scale,
-        name=f"{linear}/DQ_weight",
-        **block,
-    )
-    weight = graph.op("Transpose", weight, name=f"{linear}/Transpose", perm=[1, 0])
-    y = graph.op("MatMul", dequantized, weight, name=f"{linear}/MatMul")
-    return graph.op("Reshape", y, graph.op("Concat", lead, graph.integers(-1), axis=0))
+    scale = graph.op("Cast", scale, name=f"{linear}/Cast_{part}_scale", to=to)
+    return graph.op("DequantizeLinear", codes, scale, name=name, axis=-1, block_size=NVFP4_BLOCK)
 
 
 def fp8_linear(graph: BlockGraph, linear: str, x: ir.Value) -> ir.Value:
