@@ -152,13 +152,22 @@ def unpatchify(patches: Tensor, height: int, width: int, patch_size: int = 2) ->
 
 
 def image_ids(
-    height: int, width: int, batch: int = 1, patch_size: int = 2, axes: int = 3
+    height: int,
+    width: int,
+    batch: int = 1,
+    patch_size: int = 2,
+    axes: int = 3,
+    origin: tuple[float, int, int] = (0.0, 0, 0),
 ) -> Tensor:
-    """Return positions ``[batch, N, axes]`` of the patches of a ``height`` x ``width`` latent."""
+    """Return positions ``[batch, N, axes]`` of the patches of a ``height`` x ``width`` latent.
+
+    ``origin`` is the position of the first patch along the first three axes: index, row, column.
+    """
     rows, columns = -(-height // patch_size), -(-width // patch_size)
     grid = torch.zeros(rows, columns, axes)
-    grid[..., 1] = torch.arange(rows)[:, None]
-    grid[..., 2] = torch.arange(columns)[None, :]
+    grid[..., 0] = origin[0]
+    grid[..., 1] = origin[1] + torch.arange(rows)[:, None]
+    grid[..., 2] = origin[2] + torch.arange(columns)[None, :]
     return grid.reshape(1, -1, axes).expand(batch, -1, -1)
 
 

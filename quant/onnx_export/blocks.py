@@ -73,11 +73,11 @@ class _Author:
         cos, sin = self._rotary_inputs()
         shift, scale, gate = self._modulation_inputs(SINGLE_MODULATION)
         hidden = self._linear("linear1", self._modulate(x, shift, scale), ("B", "S", dim))
-        sizes = self.graph.integers(3 * dim, self.config.mlp_size)
+        sizes = self.graph.integers(3 * dim, self.config.mlp_in_size)
         qkv, mlp = self.graph.node("Split", (hidden, sizes), 2, axis=2)
         q, k, v = self._split_heads(qkv, "norm")
         attn = self._attention(q, k, v, cos, sin)
-        hidden = op("Concat", attn, op("Gelu", mlp, approximate="tanh"), axis=2)
+        hidden = op("Concat", attn, self._activation(mlp), axis=2)
         update = self._linear("linear2", hidden, ("B", "S", dim + self.config.mlp_size))
         x_out = op("Add", x, op("Mul", gate, update))
         x_out.shape, x_out.dtype = ir.Shape(("B", "S", dim)), self.graph.high_precision
@@ -161,6 +161,14 @@ class _Author:
         )
         return self.graph.op("DequantizeLinear", quantized, scale, name=f"{name}_DQ")
 
+    def _activation(self, x: ir.Value) -> ir.Value:
+        op = self.graph.op
+        if not self.config.gated_mlp:
+            return op("Gelu", x, approximate="tanh")
+        # Split for the same reason as for qkv; opset 23 has no Swish
+        gate, value = self.graph.node("Split", (x,), 2, axis=2, num_outputs=2)
+        return op("Mul", op("Mul", gate, op("Sigmoid", gate)), value)
+
     def _update(
         self, stream: str, x: ir.Value, attn: ir.Value, mods: Sequence[ir.Value], tokens: str
     ) -> ir.Value:
@@ -171,6 +179,6 @@ class _Author:
         hidden = self._linear(
             f"{stream}_mlp.0", self._modulate(x, shift2, scale2), ("B", tokens, dim)
         )
-        hidden = op("Gelu", hidden, approximate="tanh")
+        hidden = self._activation(hidden)
         update = self._linear(f"{stream}_mlp.2", hidden, ("B", tokens, self.config.mlp_size))
         return op("Add", x, op("Mul", gate2, update))

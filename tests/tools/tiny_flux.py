@@ -27,6 +27,39 @@ TINY = FluxConfig(
     guidance_embed=True,
 )
 
+TINY_FLUX2 = FluxConfig(
+    in_channels=128,
+    out_channels=128,
+    vec_in_dim=None,
+    context_in_dim=96,
+    hidden_size=256,
+    mlp_ratio=3.0,
+    num_heads=2,
+    depth=1,
+    depth_single_blocks=2,
+    axes_dim=(32, 32, 32, 32),
+    theta=2000,
+    patch_size=1,
+    qkv_bias=False,
+    guidance_embed=True,
+    shared_modulation=True,
+    gated_mlp=True,
+    bias=False,
+    txt_ids_dims=(3,),
+    default_ref_method="index",
+    ref_index_scale=10.0,
+)
+
+TINY_VARIANTS = {
+    "flux1-dev": TINY,
+    "flux1-schnell": TINY.model_copy(update={"guidance_embed": False}),
+    "flux1-control": TINY.model_copy(update={"in_channels": 32}),
+    "flux1-fill": TINY.model_copy(update={"in_channels": 96}),
+    "flux2-dev": TINY_FLUX2,
+    "flux2-klein": TINY_FLUX2.model_copy(update={"guidance_embed": False}),
+}
+"""A tiny model of every variant, by its name."""
+
 
 def random_flux(config: FluxConfig = TINY, seed: int = 0) -> Flux:
     """A FLUX whose biases and norm weights are as random as its matrices."""
@@ -54,15 +87,17 @@ def save_flux(
 def random_samples(config: FluxConfig = TINY, seed: int = 0, timesteps: int = 2) -> CalibrationSet:
     """Calibration samples of two non-square latents with one prompt each."""
     generator = torch.Generator().manual_seed(seed)
+    size, extra = (6, 8), config.in_channels - config.out_channels
     prompts = [
         Conditioning(
             torch.randn(1, 10, config.context_in_dim, generator=generator),
-            torch.randn(1, config.vec_in_dim, generator=generator),
+            torch.randn(1, config.vec_in_dim, generator=generator) if config.vec_in_dim else None,
             3.5,
+            torch.randn(2, extra, *size, generator=generator) if extra else None,
         )
         for _ in range(2)
     ]
-    latents = torch.randn(2, config.in_channels, 6, 8, generator=generator)
+    latents = torch.randn(2, config.out_channels, *size, generator=generator)
     return rectified_flow_samples(latents, prompts, timesteps, seed)
 
 
