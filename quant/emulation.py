@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .flux.blocks import DoubleStreamBlock, SingleStreamBlock
+from .fp8 import FP8Weight
 from .nvfp4 import E4M3_MAX, NVFP4Weight, fake_quantize_activation
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -146,9 +147,9 @@ def emulated_linear(linear: str, tensors: Mapping[str, Tensor], block: nn.Module
     if weight.dtype == torch.uint8:
         return _emulated_nvfp4(linear, tensors, bias)
     if weight.dtype == torch.float8_e4m3fn:
-        rows = weight.float() * tensors[f"{linear}.weight_scale"][:, None]
+        stored = FP8Weight(weight, tensors[f"{linear}.weight_scale"])
         quantize = partial(fake_quantize_fp8, scale=tensors[f"{linear}.input_scale"])
-        return EmulatedLinear(rows, bias, quantize)
+        return EmulatedLinear(stored.dequantize(), bias, quantize)
     return EmulatedLinear(weight.float(), bias)
 
 

@@ -126,9 +126,9 @@ def test_packed_fp4_becomes_fp8_low_nibble_first() -> None:
     assert torch.equal(values.view(torch.float8_e4m3fn).float(), expected)
 
 
-def write_linear(folder: Path, high_precision: str = "bf16") -> BlockGraph:
+def write_linear(folder: Path, high_precision: str = "bf16", **options: object) -> BlockGraph:
     """Write an ONNX file with one FP4 Linear [K=96, N=80] over a safetensors file."""
-    graph = BlockGraph("single_blocks.0", 0, 1, high_precision=high_precision)
+    graph = BlockGraph("single_blocks.0", 0, 1, high_precision=high_precision, **options)
     graph.nodes.append(
         helper.make_node("Identity", [graph.linear("x", "linear", 96, 80)], ["y"], name="out")
     )
@@ -165,6 +165,26 @@ def test_linear_equals_torch_on_the_same_packed_weights(
     values, scale = quantized(x, gscale)
     rounded = values * (scale * gscale).repeat_interleave(16, dim=-1)
     expected = rounded @ weight_of(tensors).T + tensors["bias"].float()
+    noise = torch.from_numpy(y) - expected
+    sqnr_db = 10 * torch.log10(expected.square().mean() / noise.square().mean()).item()
+    assert sqnr_db >= 100, f"{sqnr_db:.1f} dB"
+
+
+@pytest.mark.parametrize("high_precision", ["bf16", "fp32"])
+def test_fp8_linear_equals_torch_on_the_same_weights(tmp_path: Path, high_precision: str) -> None:
+    graph = write_linear(tmp_path, high_precision, fp8=("linear",))
+    tensors = {
+        name.removeprefix("single_blocks.0.linear."): tensor
+        for name, tensor in graph.tensors.items()
+    }
+    x = 2 * torch.randn(2, 9, 96, generator=torch.Generator().manual_seed(5))
+    (y,) = session_from_onnx(tmp_path / "linear.onnx").run(None, {"x": x.numpy()})
+    step = tensors["input_scale"]
+    # the definition of saturation, not a clamp: 448 is E4M3's largest value
+    values = torch.where(x.abs() > 448 * step, 448 * x.sign(), x / step).to(torch.float8_e4m3fn)
+    assert (values.float().abs() == 448).any()
+    weight = tensors["weight"].float() * tensors["weight_scale"][:, None]
+    expected = (values.float() * step) @ weight.T + tensors["bias"].float()
     noise = torch.from_numpy(y) - expected
     sqnr_db = 10 * torch.log10(expected.square().mean() / noise.square().mean()).item()
     assert sqnr_db >= 100, f"{sqnr_db:.1f} dB"
