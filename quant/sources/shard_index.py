@@ -8,6 +8,7 @@ us open anything else.
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from ..safetensors_header import parse_json_object
 
 INDEX_SUFFIX = ".safetensors.index.json"
 
-_MAX_INDEX_BYTES = 8 * 2**20
+_MAX_INDEX_BYTES = 4 * 2**20
 """FLUX.1's index has 0.1 MB."""
 
 _PLAIN_NAME = re.compile(r"[^<>:\"/\\|?*\x00-\x1f]+\.safetensors")
@@ -45,7 +46,7 @@ def read_index(path: Path) -> Mapping[str, str]:
         raise DamagedCheckpointError(path.name, "the index has no 'weight_map'")
     for tensor, shard in weight_map.items():
         if not isinstance(shard, str):
-            reason = f"the index names no file for '{tensor}' but {str(shard)[:80]}"
+            reason = f"the index names no file for '{tensor}' but {reprlib.repr(shard)}"
             raise DamagedCheckpointError(path.name, reason)
     for shard in sorted(set(weight_map.values())):
         _check_shard(path, shard)

@@ -10,6 +10,7 @@ two apart, so a file whose producer cannot be told is refused rather than guesse
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Mapping
 
 from safetensors import SafetensorError
@@ -216,7 +217,7 @@ def _tensor_formats(files: CheckpointFiles, prefix: str) -> dict[str, str]:
 def _mark_format(files: CheckpointFiles, layer: str, mark: object) -> str:
     found = mark.get("format") if isinstance(mark, dict) else None
     if not isinstance(found, str):
-        reason = f"the quantization of '{layer}' is marked as {str(mark)[:80]}, without a format"
+        reason = f"the mark of '{layer}' is {reprlib.repr(mark)}, without a format"
         raise DamagedCheckpointError(files.path.name, reason)
     return found
 

@@ -103,7 +103,7 @@ def test_mark_that_contradicts_the_dtype_is_refused(state: State, tmp_path: Path
         ("[", "is not JSON"),
         ("[]", "is not a JSON object"),
         ('{"layers": 3}', "lists no layers"),
-        ('{"layers": {"img_in": 3}}', "marked as 3, without a format"),
+        ('{"layers": {"img_in": 3}}', "the mark of 'img_in' is 3, without a format"),
         ('{"layers": {"img_in": {}, "img_in": {}}}', "holds 'img_in' twice"),
     ],
 )
