@@ -96,7 +96,8 @@ class EngineFromCheckpoint(io.ComfyNode):
 def quantized_name(checkpoint: str, options: QuantizeOptions) -> str:
     """Return the name under which this node keeps the quantized form of a checkpoint."""
     # Sub-folders become part of the name: two fine-tunes may share a file name.
-    stem = checkpoint.removesuffix(".safetensors").replace("\\", "/").replace("/", "-")
+    stem = checkpoint.removesuffix(".index.json").removesuffix(".safetensors")
+    stem = stem.replace("\\", "/").replace("/", "-")
     attention = "" if options.fp8_attention else "-bf16-attention"
     modulation = "" if options.modulation == "bf16" else f"-{options.modulation}-modulation"
     return f"{stem}-{options.recipe.name}{attention}{modulation}"

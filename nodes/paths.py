@@ -24,10 +24,12 @@ from .errors import ArtifactNameError, ArtifactNotFoundError, SourceCheckpointEr
 
 MODEL_FOLDER = "flux_fp4"
 MANIFEST = "manifest.json"
+_SOURCES = "diffusion_models"
 _RECIPES = "recipes"
 _STATISTICS = ".statistics"
 
 _MAX_NAME = 100
+_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.safetensors")
 # Windows refuses these characters and device names; a pack folder may be shared between systems.
 _FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f]')
 _DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
@@ -43,14 +45,19 @@ def register_model_folder() -> None:
 
 
 def source_checkpoints() -> list[str]:
-    """List the safetensors files of ComfyUI's `diffusion_models` folders."""
-    names = folder_paths.get_filename_list("diffusion_models")
-    return [name for name in names if name.endswith(".safetensors")]
+    """List the safetensors files of ComfyUI's `diffusion_models` folders.
+
+    Shards are listed as one: by the index beside them, `<repo>/transformer/
+    diffusion_pytorch_model.safetensors.index.json`. Checkpoints of ComfyUI's `checkpoints` folders
+    are not listed: only their headers tell which hold a FLUX, and 'Load Checkpoint' gives a MODEL.
+    """
+    names = folder_paths.get_filename_list(_SOURCES)
+    return sorted({_index(name) or name for name in names if name.endswith(".safetensors")})
 
 
 def source_checkpoint(name: str) -> Path:
     """Return the path of a file listed by `source_checkpoints`."""
-    path = folder_paths.get_full_path("diffusion_models", name)
+    path = folder_paths.get_full_path(_SOURCES, name)
     if path is None or name not in source_checkpoints():
         raise SourceCheckpointError(name)
     return Path(path)
@@ -169,6 +176,16 @@ def name_fault(name: str) -> str | None:
     if _DEVICES.fullmatch(name):
         return "Windows reserves it for a device"
     return None
+
+
+def _index(name: str) -> str | None:
+    """Return the listed name of the index that a shard belongs to, if it lies beside the shard."""
+    shard = _SHARD.fullmatch(name)
+    path = folder_paths.get_full_path(_SOURCES, name) if shard else None
+    if shard is None or path is None:
+        return None
+    index = f"{shard[1]}.safetensors.index.json"
+    return index if Path(path).with_name(os.path.basename(index)).is_file() else None
 
 
 def _roots() -> list[Path]:
