@@ -86,15 +86,16 @@ class EngineDoubleBlock(DoubleStreamBlock):
     ) -> None:
         super().__init__(**sizes, device="meta", operations=_PARAMETERS_AT_ONCE)
         replace_weights(self, name, keep=("img_mod", "txt_mod"))
-        self.img_mod = Modulation(sizes["hidden_size"], double=True, **weights)
-        self.txt_mod = Modulation(sizes["hidden_size"], double=True, **weights)
+        if self.modulation:
+            self.img_mod = Modulation(sizes["hidden_size"], double=True, **weights)
+            self.txt_mod = Modulation(sizes["hidden_size"], double=True, **weights)
         self.name, self.engine, self.rotary = name, engine, rotary
 
     def forward(
         self,
         img: Tensor,
         txt: Tensor,
-        vec: Tensor,
+        vec: Any,
         pe: Tensor,
         attn_mask: Tensor | None = None,
         modulation_dims_img: Any = None,
@@ -105,8 +106,10 @@ class EngineDoubleBlock(DoubleStreamBlock):
         _refuse_modulation_dims(self.name, modulation_dims_img, modulation_dims_txt)
         cos, sin = self.rotary(pe)
         inputs = {"img": img, "txt": txt, "cos": cos, "sin": sin}
-        for stream, modulation in (("img", self.img_mod), ("txt", self.txt_mod)):
-            for index, part in enumerate(modulation(vec), start=1):
+        # FLUX.2 modulates all double blocks alike: ComfyUI passes the vectors in the place of vec.
+        mods = (self.img_mod(vec), self.txt_mod(vec)) if self.modulation else vec
+        for stream, parts in zip(("img", "txt"), mods, strict=True):
+            for index, part in enumerate(parts, start=1):
                 inputs |= _modulation_inputs(f"{stream}_mod{index}", part)
         outputs = _run(self.engine, self.name, inputs)
         return outputs["img_out"], _finite(outputs["txt_out"])
@@ -125,13 +128,14 @@ class EngineSingleBlock(SingleStreamBlock):
     ) -> None:
         super().__init__(**sizes, device="meta", operations=_PARAMETERS_AT_ONCE)
         replace_weights(self, name, keep=("modulation",))
-        self.modulation = Modulation(sizes["hidden_size"], double=False, **weights)
+        if self.modulation is not None:
+            self.modulation = Modulation(sizes["hidden_size"], double=False, **weights)
         self.name, self.engine, self.rotary = name, engine, rotary
 
     def forward(
         self,
         x: Tensor,
-        vec: Tensor,
+        vec: Any,
         pe: Tensor,
         attn_mask: Tensor | None = None,
         modulation_dims: Any = None,
@@ -140,7 +144,7 @@ class EngineSingleBlock(SingleStreamBlock):
         _refuse_attention_changes(self.name, attn_mask, transformer_options)
         _refuse_modulation_dims(self.name, modulation_dims)
         cos, sin = self.rotary(pe)
-        part, _ = self.modulation(vec)
+        part = vec if self.modulation is None else self.modulation(vec)[0]
         inputs = {"x": x, "cos": cos, "sin": sin, **_modulation_inputs("mod", part)}
         outputs = _run(self.engine, self.name, inputs)
         return _finite(outputs["x_out"])

@@ -105,7 +105,7 @@ def build_engine_model(
             f"double_blocks.{index}",
             engine,
             rotary,
-            _block_sizes(unet_config) | {"qkv_bias": unet_config["qkv_bias"]},
+            _double_block_sizes(unet_config),
             _weight_options(config),
         )
         for index in range(unet_config["depth"])
@@ -115,7 +115,7 @@ def build_engine_model(
             f"single_blocks.{index}",
             engine,
             rotary,
-            _block_sizes(unet_config),
+            _single_block_sizes(unet_config),
             _weight_options(config),
         )
         for index in range(unet_config["depth_single_blocks"])
@@ -150,8 +150,25 @@ def _weight_dtype(weights: Mapping[str, Tensor]) -> torch.dtype:
     return max(weights.values(), key=Tensor.numel).dtype
 
 
+def _double_block_sizes(unet_config: Mapping[str, Any]) -> dict[str, Any]:
+    return _block_sizes(unet_config) | {
+        "qkv_bias": unet_config["qkv_bias"],
+        "proj_bias": unet_config.get("ops_bias", True),
+    }
+
+
+def _single_block_sizes(unet_config: Mapping[str, Any]) -> dict[str, Any]:
+    return _block_sizes(unet_config) | {"bias": unet_config.get("ops_bias", True)}
+
+
 def _block_sizes(unet_config: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: unet_config[name] for name in ("hidden_size", "num_heads", "mlp_ratio")}
+    sizes = {name: unet_config[name] for name in ("hidden_size", "num_heads", "mlp_ratio")}
+    # ComfyUI names these in the configuration of FLUX.2 only; the defaults of its FluxParams
+    # are FLUX.1's
+    return sizes | {
+        "modulation": not unet_config.get("global_modulation", False),
+        "mlp_silu_act": unet_config.get("mlp_silu_act", False),
+    }
 
 
 def _weight_options(config: Any) -> dict[str, Any]:

@@ -18,7 +18,6 @@ import_comfyui()
 
 import comfy.hooks  # noqa: E402
 import comfy.lora  # noqa: E402
-import comfy.memory_management  # noqa: E402
 import comfy.model_management as mm  # noqa: E402
 import comfy.sample  # noqa: E402
 import comfy.samplers  # noqa: E402
@@ -32,7 +31,7 @@ from flux_fp4.nodes.errors import (  # noqa: E402
     EngineWeightError,
     UnsupportedByEngineError,
 )
-from torch_engine import TorchEngine  # noqa: E402
+from torch_engine import TorchEngine, engine_over  # noqa: E402
 
 # The same operations in the same order, but modulation chunks reach the block as copies.
 TOLERANCE = 1e-5
@@ -44,22 +43,7 @@ def stock_flux() -> Any:
 
 
 def engine_flux(dynamic_vram: bool = False) -> EnginePatcher:
-    stock = stock_flux().model
-    flux, config = stock.diffusion_model, stock.model_config
-    blocks = {f"double_blocks.{i}": block for i, block in enumerate(flux.double_blocks)}
-    blocks |= {f"single_blocks.{i}": block for i, block in enumerate(flux.single_blocks)}
-    weights = {
-        name: weight.clone()
-        for name, weight in flux.state_dict().items()
-        if not name.startswith(("double_blocks", "single_blocks"))
-        or any(part in name for part in ("img_mod.", "txt_mod.", "modulation."))
-    }
-    unet_config = {key: value for key, value in config.unet_config.items() if key != "dtype"}
-    # ComfyUI's modules are built in another way while DynamicVRAM is on, the default on NVIDIA GPUs
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comfy.memory_management, "aimdo_enabled", dynamic_vram)
-        model = build_engine_model(unet_config, weights, TorchEngine(blocks), "small", 77, CPU)
-    return EnginePatcher(model, CPU, CPU)
+    return engine_over(stock_flux(), dynamic_vram)
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
+import comfy.memory_management
+import pytest
 import torch
 from comfy.ldm.flux.layers import DoubleStreamBlock, ModulationOut, SingleStreamBlock
+from flux_fp4.nodes.engine_model import build_engine_model
+from flux_fp4.nodes.engine_patcher import EnginePatcher
 from torch import Tensor
 
 
@@ -54,6 +59,31 @@ class TorchEngine:
         )
         img, txt = module(inputs["img"].clone(), inputs["txt"].clone(), vec=vec, pe=pe)
         return {"img_out": img, "txt_out": txt}
+
+
+def weights_outside_of_plans(flux: torch.nn.Module) -> dict[str, Tensor]:
+    """Copies of a stock FLUX's weights that are not the engine's."""
+    return {
+        name: weight.clone()
+        for name, weight in flux.state_dict().items()
+        if not name.startswith(("double_blocks", "single_blocks"))
+        or any(part in name for part in ("img_mod.", "txt_mod.", "modulation."))
+    }
+
+
+def engine_over(stock: Any, dynamic_vram: bool = False) -> EnginePatcher:
+    """Make an engine-backed MODEL that computes with the blocks of a stock model, using it up."""
+    flux, config = stock.model.diffusion_model, stock.model.model_config
+    blocks = {f"double_blocks.{i}": block for i, block in enumerate(flux.double_blocks)}
+    blocks |= {f"single_blocks.{i}": block for i, block in enumerate(flux.single_blocks)}
+    weights = weights_outside_of_plans(flux)
+    unet_config = {key: value for key, value in config.unet_config.items() if key != "dtype"}
+    cpu = torch.device("cpu")
+    # ComfyUI's modules are built in another way while DynamicVRAM is on, the default on NVIDIA GPUs
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comfy.memory_management, "aimdo_enabled", dynamic_vram)
+        model = build_engine_model(unet_config, weights, TorchEngine(blocks), "small", 77, cpu)
+    return EnginePatcher(model, cpu, cpu)
 
 
 def _modulation(inputs: Mapping[str, Tensor], prefix: str) -> ModulationOut:
