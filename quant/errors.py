@@ -218,3 +218,20 @@ class OnnxExportMissingError(QuantError):
             f"'{name}' has no up-to-date ONNX export: {reason}. "
             "Run 'Export FLUX FP4 to ONNX' first."
         )
+
+
+class TransformerExportError(QuantError):
+    """The whole transformer cannot be one ONNX file.
+
+    Attributes:
+        name: The checkpoint's name.
+        linear: The Linear that is stored in a layout of ComfyUI's alone.
+    """
+
+    def __init__(self, name: str, linear: str) -> None:
+        self.name, self.linear = name, linear
+        super().__init__(
+            f"'{name}' cannot be exported as one ONNX file: '{linear}' is stored in ComfyUI's "
+            "NVFP4 layout, which ONNX cannot point into. Quantize it with modulation in bf16 or "
+            "FP8; the ONNX files of its blocks are not concerned."
+        )

@@ -49,12 +49,20 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotated.flatten(-2).to(x.dtype)
 
 
-def timestep_embedding(t: Tensor, dim: int = 256, max_period: float = 10_000.0) -> Tensor:
-    """Embed ``t [B]`` in ``[0, 1]`` as ``[B, dim]`` cosines and sines (BFL ``layers.py``)."""
+TIMESTEP_FACTOR = 1000.0
+"""What timesteps and guidance are multiplied by first (BFL ``layers.py``)."""
+
+
+def timestep_frequencies(dim: int = 256, max_period: float = 10_000.0) -> Tensor:
+    """Return the fp32 ``[dim / 2]`` angular frequencies of ``timestep_embedding``."""
     half = dim // 2
-    exponent = torch.arange(half, dtype=torch.float32, device=t.device) / half
-    frequencies = torch.exp(-math.log(max_period) * exponent)
-    angle = (1000.0 * t)[:, None].float() * frequencies
+    exponent = torch.arange(half, dtype=torch.float32) / half
+    return torch.exp(-math.log(max_period) * exponent)
+
+
+def timestep_embedding(t: Tensor, dim: int = 256) -> Tensor:
+    """Embed ``t [B]`` in ``[0, 1]`` as ``[B, dim]`` cosines and sines (BFL ``layers.py``)."""
+    angle = (TIMESTEP_FACTOR * t)[:, None].float() * timestep_frequencies(dim).to(t.device)
     return torch.cat((angle.cos(), angle.sin()), dim=-1).to(t.dtype)
 
 

@@ -37,6 +37,14 @@ def block_model(checkpoint: QuantizedCheckpoint, block: str) -> ir.Model:
     return author.graph.model(outputs, contract_metadata(checkpoint, block))
 
 
+def modulate(graph: BlockGraph, x: ir.Value, shift: ir.Value, scale: ir.Value) -> ir.Value:
+    """Normalize ``x [B, L, D]`` without affine weights, then scale and shift by ``[B, 1, D]``."""
+    ones = graph.constant("layer_norm_weight", np.ones(graph.hidden_size))
+    normalized = graph.op("LayerNormalization", x, ones, axis=-1, epsilon=LAYER_NORM_EPS)
+    factor = graph.op("Add", scale, graph.constant("one", 1.0))
+    return graph.op("Add", graph.op("Mul", factor, normalized), shift)
+
+
 class _Author:
     """Emits the layers of a block into a graph."""
 
@@ -99,11 +107,7 @@ class _Author:
         return linear(self.graph, name, x, shape)
 
     def _modulate(self, x: ir.Value, shift: ir.Value, scale: ir.Value) -> ir.Value:
-        op = self.graph.op
-        ones = self.graph.constant("layer_norm_weight", np.ones(self.dim))
-        normalized = op("LayerNormalization", x, ones, axis=-1, epsilon=LAYER_NORM_EPS)
-        factor = op("Add", scale, self.graph.constant("one", 1.0))
-        return op("Add", op("Mul", factor, normalized), shift)
+        return modulate(self.graph, x, shift, scale)
 
     def _qkv(self, attn: str, x: ir.Value, tokens: str) -> list[ir.Value]:
         qkv = self._linear(f"{attn}.qkv", x, ("B", tokens, self.dim))

@@ -47,7 +47,7 @@ def export_blocks(checkpoint: Path, progress: Progress) -> tuple[Path, ...]:
     for done, block in enumerate(blocks):
         progress(f"Exporting {block}", done, len(blocks))
         path = onnx_path(checkpoint, block)
-        _write_checked(block_model(header, block), path)
+        write_checked(block_model(header, block), path)
         paths.append(path)
     progress("Exported", len(blocks), len(blocks))
     seconds = time.monotonic() - started
@@ -80,7 +80,8 @@ def onnx_path(checkpoint: Path, block: str) -> Path:
     return checkpoint.with_name(f"{block}.onnx")
 
 
-def _write_checked(model: ir.Model, path: Path) -> None:
+def write_checked(model: ir.Model, path: Path) -> None:
+    """Write a model, check it in full, and only then give it its name."""
     temporary = path.with_name(f".{path.stem}-{uuid.uuid4().hex}.tmp")
     try:
         # external tensors stay external: nothing of the checkpoint is copied

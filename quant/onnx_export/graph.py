@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
@@ -34,15 +36,24 @@ _HIGH_PRECISION = {
 
 
 class BlockGraph:
-    """A graph under construction for one block.
+    """A graph under construction for one block, or for what surrounds the blocks.
 
     Attributes:
         high_precision: ONNX type of everything that is not quantized.
+        hidden_size: Width of a token.
     """
 
-    def __init__(self, checkpoint: QuantizedCheckpoint, block: str) -> None:
+    def __init__(self, checkpoint: QuantizedCheckpoint, block: str | None) -> None:
+        """Begin an empty graph.
+
+        Args:
+            checkpoint: Header of the quantized checkpoint.
+            block: Tensors are named relative to it; None: by their full names.
+        """
         self._checkpoint = checkpoint
-        self._block = block
+        self._name = block or "transformer"
+        self._prefix = f"{block}." if block else ""
+        self.hidden_size = checkpoint.metadata.config.hidden_size
         self._nodes: list[ir.Node] = []
         self._inputs: list[ir.Value] = []
         self._initializers: dict[str, ir.Value] = {}
@@ -84,13 +95,13 @@ class BlockGraph:
         return tuple(node.outputs)
 
     def stored(self, tensor: str) -> ir.Value:
-        """Return a tensor of this block as an initializer that points into the checkpoint.
+        """Return a tensor as an initializer that points into the checkpoint.
 
         Args:
             tensor: Name relative to the block. Packed FP4 weights appear with their ``[N, K]``.
         """
         if tensor not in self._initializers:
-            place = self._checkpoint.tensors[f"{self._block}.{tensor}"]
+            place = self._checkpoint.tensors[self._prefix + tensor]
             dtype, shape = _STORED_TYPES[place.dtype], _logical_shape(place)
             external = ir.ExternalTensor(
                 self._checkpoint.path.name,
@@ -105,16 +116,20 @@ class BlockGraph:
         return self._initializers[tensor]
 
     def has(self, tensor: str) -> bool:
-        """Tell whether the checkpoint stores this tensor of the block."""
-        return f"{self._block}.{tensor}" in self._checkpoint.tensors
+        """Tell whether the checkpoint stores this tensor."""
+        return self._prefix + tensor in self._checkpoint.tensors
 
     def linear_format(self, linear: str) -> Format:
-        """Tell the format in which a Linear of the block is stored."""
-        return self._checkpoint.linear_format(f"{self._block}.{linear}")
+        """Tell the format in which a Linear is stored."""
+        return self._checkpoint.linear_format(self._prefix + linear)
 
     def constant(self, name: str, value: float | np.ndarray) -> ir.Value:
         """Return a constant in the high-precision type; one initializer per name."""
         return self._constant(name, np.asarray(value, dtype=self._numpy_type))
+
+    def fp32_constant(self, name: str, value: float | np.ndarray) -> ir.Value:
+        """Return a constant that bf16 would be too coarse for; one initializer per name."""
+        return self._constant(name, np.asarray(value, np.float32))
 
     def integers(self, *values: int) -> ir.Value:
         """Return a 1-D int64 constant."""
@@ -122,12 +137,40 @@ class BlockGraph:
 
     def attention_root_scale(self, head_dim: int) -> ir.Value:
         """Return ``head_dim ** -0.25`` in fp32; in bf16 all attention scores were 0.3 % small."""
-        scale = np.asarray(attention_root_scale(head_dim), np.float32)
-        return self._constant("attention_root_scale", scale)
+        return self.fp32_constant("attention_root_scale", attention_root_scale(head_dim))
 
     def fp8_zero(self) -> ir.Value:
         """Return the E4M3 zero point that makes QuantizeLinear produce E4M3."""
         return self._constant("fp8_zero", np.zeros((), ml_dtypes.float8_e4m3fn))
+
+    def inline(self, graph: ir.Graph, inputs: Mapping[str, ir.Value]) -> dict[str, ir.Value]:
+        """Append another graph's nodes.
+
+        Args:
+            graph: A finished block. Its nodes and values take its name as prefix; weights keep
+                their place in the checkpoint, constants of equal name are shared.
+            inputs: Value for every input of ``graph``, by the input's name.
+
+        Returns:
+            The outputs of ``graph`` by their names.
+        """
+        values = {value: inputs[str(value.name)] for value in graph.inputs}
+        for name, value in graph.initializers.items():
+            values[value] = self._adopted(f"{graph.name}.{name}", name, value)
+        for node in graph:
+            copy = ir.Node(
+                node.domain,
+                node.op_type,
+                [None if value is None else values[value] for value in node.inputs],
+                node.attributes.values(),
+                num_outputs=len(node.outputs),
+                name=f"{graph.name}/{node.name}",
+            )
+            for old, new in zip(node.outputs, copy.outputs, strict=True):
+                new.name, new.type, new.shape = f"{graph.name}/{old.name}", old.type, old.shape
+                values[old] = new
+            self._nodes.append(copy)
+        return {str(value.name): values[value] for value in graph.outputs}
 
     def model(self, outputs: dict[str, ir.Value], metadata: dict[str, str]) -> ir.Model:
         """Finish the graph.
@@ -147,11 +190,29 @@ class BlockGraph:
             nodes=self._nodes,
             initializers=tuple(self._initializers.values()),
             opset_imports={"": OPSET, TRT_DOMAIN: 1},
-            name=self._block,
+            name=self._name,
         )
         return ir.Model(
             graph, ir_version=IR_VERSION, producer_name="flux_fp4", metadata_props=metadata
         )
+
+    def _adopted(self, stored_name: str, constant_name: str, value: ir.Value) -> ir.Value:
+        tensor = value.const_value
+        if not isinstance(tensor, ir.ExternalTensor):
+            assert tensor is not None
+            return self._constant(constant_name, tensor.numpy())
+        twin = ir.ExternalTensor(
+            tensor.location,
+            tensor.offset,
+            tensor.length,
+            tensor.dtype,
+            shape=tensor.shape,
+            name=stored_name,
+            base_dir=tensor.base_dir,
+        )
+        adopted = ir.val(stored_name, tensor.dtype, tensor.shape, const_value=twin)
+        self._initializers[stored_name] = adopted
+        return adopted
 
     def _constant(self, name: str, value: np.ndarray) -> ir.Value:
         if name not in self._initializers:
