@@ -33,6 +33,7 @@ __all__ = [
     "Search",
     "check_source_dtype",
     "fake_quantize_activation",
+    "fake_quantize_weight",
     "finite_amax",
     "quantize_weight",
 ]
@@ -115,6 +116,20 @@ def quantize_weight(
         packed[chunk] = pack_codes(encode_e2m1(scaled.flatten(-2)))
         block_scale[chunk] = scale
     return NVFP4Weight(packed, block_scale, global_scale)
+
+
+def fake_quantize_weight(weight: Tensor) -> Tensor:
+    """Return what ``quantize_weight`` with ``max`` and ``dequantize`` make of an fp32 weight."""
+    global_scale = global_scale_from_amax(weight.abs().amax())
+    quantized = torch.empty_like(weight)
+    for start in range(0, len(weight), _ROWS_PER_CHUNK):
+        chunk = slice(start, start + _ROWS_PER_CHUNK)
+        magnitude = weight[chunk].abs()
+        scale = largest_value_scale(magnitude, global_scale).float() * global_scale
+        blocks, step = magnitude.unflatten(-1, (-1, NVFP4_BLOCK)), scale[..., None]
+        rounded = round_to_e2m1(blocks / step).mul_(step).flatten(-2)
+        torch.copysign(rounded, weight[chunk], out=quantized[chunk])
+    return quantized
 
 
 def check_source_dtype(weight: Tensor, linear: str) -> None:
