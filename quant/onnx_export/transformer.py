@@ -135,8 +135,8 @@ class _Author:
         op = self.graph.op
         t = self.graph.input(name, ("B",), ir.DataType.FLOAT)
         t = op("Mul", t, self.graph.fp32_constant("timestep_factor", TIMESTEP_FACTOR))
-        frequencies = timestep_frequencies().numpy()[None]
-        frequencies = self.graph.fp32_constant("timestep_frequencies", frequencies)
+        values = timestep_frequencies().numpy()[None]
+        frequencies = self.graph.fp32_constant("timestep_frequencies", values)
         angle = op("Mul", op("Unsqueeze", t, self.graph.integers(1)), frequencies)
         embedding = op("Concat", op("Cos", angle), op("Sin", angle), axis=1)
         return op("Cast", embedding, to=int(self.graph.high_precision))
