@@ -38,8 +38,8 @@ _MERGE = "Merge it into a FLUX checkpoint first, save that and choose it."
 _MARKERS: tuple[tuple[str, str, str], ...] = (
     (r"\.lora_|lora_unet_|lora_te|\.hada_w|\.lokr_w|\.oft_", "it is a LoRA", _MERGE),
     (
-        r"\.qweight$|\.wscales$|\.smooth_factor",
-        "its weights are quantized by Nunchaku (SVDQuant)",
+        r"\.qweight$|\.wscales$|\.smooth_factor|\.svdquant_lora_",
+        "its weights are quantized by SVDQuant (Nunchaku or ModelOpt)",
         _GET_BF16,
     ),
     (

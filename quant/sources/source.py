@@ -23,7 +23,7 @@ from .stored_formats import StoredFormats, model_tensors
 _MAX_BLOCKS = 256
 """FLUX.1 has 57 blocks, FLUX.2 dev 56. The limit keeps a made-up header from costing minutes."""
 
-_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.safetensors")
+_SHARD = re.compile(r"(.+)-\d{5}-of-(?!00001)\d{5}\.safetensors")
 
 
 class FluxSource(ABC):

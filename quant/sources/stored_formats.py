@@ -35,6 +35,9 @@ _COMPANIONS = (
 _FP8_FORMATS = ("float8_e4m3fn", "float8_e5m2")
 _MAX_CONFIG_BYTES = 2**20
 _MAX_MARK_BYTES = 4096
+_MODELOPT_NVFP4 = ("NVFP4", "NVFP4_AWQ", "W4A16_NVFP4")
+"""Algorithms of ModelOpt whose weight is code * block scale * global scale."""
+
 _READABLE = "bf16, fp16, fp32, FP8 and NVFP4 can be read"
 
 
@@ -63,7 +66,7 @@ class StoredFormats:
         self._header_marks = bool(self._formats)
         self._formats |= _tensor_formats(files, prefix)
         self._post_processed = any("quantization_config" in data for data in files.metadata)
-        self._by_modelopt = _exported_by_modelopt(files)
+        self._modelopt = _modelopt_algorithm(files)
         self._scaled_fp8 = any(
             name.endswith((".scale_weight", ".weight_scale", _OLD_FP8_MARK))
             for name in files.stored
@@ -121,11 +124,10 @@ class StoredFormats:
         scale_shape = native_shapes(rows, columns)[1] if native else (rows, columns // NVFP4_BLOCK)
         self._check_scale(f"{layer}.weight_scale", (scale_shape,), ("F8_E4M3", "U8"))
         self._check_scale(f"{layer}.weight_scale_2", ((), (1,)), ("F32",))
-        factor: str | None = f"{layer}.pre_quant_scale"
-        if factor in self._stored:
-            self._check_scale(factor, ((columns,),), tuple(PLAIN_DTYPES))
-        else:
-            factor = None
+        factor = f"{layer}.pre_quant_scale"
+        if factor not in self._stored:
+            return NVFP4(self._name, name, (rows, columns), native, None)
+        self._check_scale(factor, ((columns,),), tuple(PLAIN_DTYPES))
         return NVFP4(self._name, name, (rows, columns), native, factor)
 
     def _looks_like_nvfp4(self, layer: str, place: StoredTensor) -> bool:
@@ -140,9 +142,12 @@ class StoredFormats:
         """
         if f"{layer}.comfy_quant" in self._stored:
             return True
-        if self._header_marks and not self._post_processed and not self._by_modelopt:
+        if self._header_marks and not self._post_processed and self._modelopt is None:
             return True
-        if self._by_modelopt and not self._header_marks and not self._post_processed:
+        if self._modelopt is not None and self._modelopt not in _MODELOPT_NVFP4:
+            found = f"ModelOpt exported it with the algorithm {self._modelopt[:80]}"
+            raise UnsupportedWeightError(layer, found, _READABLE)
+        if self._modelopt is not None and not (self._header_marks or self._post_processed):
             return False
         raise UnknownCheckpointError(
             self._name,
@@ -222,8 +227,8 @@ def _mark_format(files: CheckpointFiles, layer: str, mark: object) -> str:
     return found
 
 
-def _exported_by_modelopt(files: CheckpointFiles) -> bool:
-    """Look for ModelOpt's name in the configuration files of a Hugging Face export."""
+def _modelopt_algorithm(files: CheckpointFiles) -> str | None:
+    """Read which algorithm ModelOpt names in the configuration beside a Hugging Face export."""
     for name, section in (("config.json", "quantization_config"), ("hf_quant_config.json", None)):
         path = files.path.parent / name
         if not path.is_file() or path.stat().st_size > _MAX_CONFIG_BYTES:
@@ -234,8 +239,10 @@ def _exported_by_modelopt(files: CheckpointFiles) -> bool:
             raise DamagedCheckpointError(files.path.name, str(error)) from error
         config = entries.get(section) if section else entries
         if isinstance(config, dict) and _names_modelopt(config):
-            return True
-    return False
+            details = config.get("quantization")
+            found = details if isinstance(details, dict) else config
+            return str(found.get("quant_algo"))
+    return None
 
 
 def _names_modelopt(config: Mapping[str, object]) -> bool:

@@ -241,6 +241,15 @@ def test_factor_of_the_input_is_multiplied_into_the_weight(
     assert torch.equal(source.tensors([f"{name}.weight"])[f"{name}.weight"], expected.bfloat16())
 
 
+def test_other_algorithm_of_modelopt_is_refused(
+    state: State, weights: dict[str, NVFP4Weight], tmp_path: Path
+) -> None:
+    config = {"quantization_config": {**MODELOPT, "quant_algo": "MIXED_PRECISION"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedWeightError, match="algorithm MIXED_PRECISION"):
+        open_source(save_state(nvfp4_state(state, weights, native=False), tmp_path))
+
+
 def header_config() -> dict[str, str]:
     return {"quantization_config": json.dumps(MODELOPT)}
 
