@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io, ui
@@ -10,12 +11,19 @@ from .errors import CalibrationInputError
 from .schema import CATEGORY, Samples, description
 
 if TYPE_CHECKING:
+    from comfy.latent_formats import LatentFormat
     from torch import Tensor
 
     from ..quant.calibration import Conditioning
 
 DEFAULT_GUIDANCE = 3.5
 """What ComfyUI's FLUX uses without a FluxGuidance node (0.30, ``model_base.Flux.extra_conds``)."""
+
+FLUX2_TEXT_TOKENS = 512
+"""ComfyUI puts zeros before a shorter text (0.30, ``model_base.Flux2.extra_conds``)."""
+
+MASK_CHANNELS = 64
+"""An 8x8 patch of the mask per latent pixel (0.30, ``model_base.Flux.concat_cond``)."""
 
 
 class CalibrationSamples(io.ComfyNode):
@@ -76,7 +84,7 @@ class CalibrationSamples(io.ComfyNode):
         from ..quant.calibration import rectified_flow_samples
 
         latents = model_space_latents(latent)
-        prompts = prompts_of(conditioning)
+        prompts = prompts_of(conditioning, latents)
         samples = rectified_flow_samples(latents, prompts, timesteps, seed)
         text = (
             f"{len(samples.samples)} samples: {len(latents)} pictures, {len(prompts)} prompts, "
@@ -86,49 +94,55 @@ class CalibrationSamples(io.ComfyNode):
 
 
 def model_space_latents(latent: dict[str, Any]) -> Tensor:
-    """Return the pictures ``[n, 16, h, w]`` as FLUX sees them, h and w even.
+    """Return the pictures ``[n, C, h, w]`` as FLUX.1 (C = 16) or FLUX.2 (C = 128) sees them.
 
     Raises:
         CalibrationInputError: It is not a batch of FLUX picture latents, or it is empty.
     """
-    import comfy.latent_formats
-    from comfy.ldm.common_dit import pad_to_patch_size
-
     pictures = latent["samples"]
-    flux = comfy.latent_formats.Flux()
-    if pictures.ndim != 4 or pictures.shape[1] != flux.latent_channels:
+    if pictures.ndim != 4:
         raise CalibrationInputError(
             f"This latent has the shape {tuple(pictures.shape)}",
-            f"FLUX latents are [pictures, {flux.latent_channels}, height, width]",
+            "FLUX latents are [pictures, channels, height, width]",
             "Encode the pictures with FLUX's own VAE.",
         )
+    space = _latent_format(pictures)
     if not pictures.any():
         raise CalibrationInputError(
             "This latent is empty",
             "calibration needs real pictures, because noise alone has other value ranges",
             "Connect 'Load Image' and 'VAE Encode' instead of an empty latent.",
         )
-    # FLUX cuts latents into 2x2 patches; ComfyUI pads odd sizes in the same way when sampling.
-    return pad_to_patch_size(flux.process_in(pictures), (2, 2))
+    return space.process_in(pictures)
 
 
-def prompts_of(conditioning: list[Any]) -> list[Conditioning]:
+def prompts_of(conditioning: list[Any], latents: Tensor) -> list[Conditioning]:
     """Return every prompt of a CONDITIONING list, batches split into single prompts.
 
+    Args:
+        conditioning: ComfyUI's list.
+        latents: The pictures ``[n, C, h, w]`` it will be used with, in model space.
+
     Raises:
-        CalibrationInputError: The list is empty or does not come from a FLUX text encoder.
+        CalibrationInputError: The list is empty.
     """
     from ..quant.calibration import Conditioning
 
+    space = _latent_format(latents)
     prompts = []
     for context, options in conditioning:
         pooled = options.get("pooled_output")
+        references = options.get("reference_latents") or ()
+        concat = _concat_channels(options, latents, space)
         prompts += [
             Conditioning(
-                context=context[row : row + 1],
+                context=_padded_text(context[row : row + 1], space),
                 # One pooled vector may serve a whole batch, as in ComfyUI's broadcasting.
                 pooled=None if pooled is None else pooled[row % len(pooled)][None],
                 guidance=options.get("guidance", DEFAULT_GUIDANCE),
+                concat=concat,
+                references=tuple(space.process_in(reference) for reference in references),
+                reference_method=options.get("reference_latents_method"),
             )
             for row in range(len(context))
         ]
@@ -139,3 +153,57 @@ def prompts_of(conditioning: list[Any]) -> list[Conditioning]:
             "Connect 'CLIP Text Encode'.",
         )
     return prompts
+
+
+def _latent_format(pictures: Tensor) -> LatentFormat:
+    from comfy.latent_formats import Flux, Flux2
+
+    formats = {space.latent_channels: space for space in (Flux, Flux2)}
+    channels = pictures.shape[1]
+    if channels not in formats:
+        limit = ", ".join(f"{n} (FLUX.{i})" for i, n in enumerate(formats, start=1))
+        raise CalibrationInputError(
+            f"This latent has {channels} channels",
+            f"FLUX latents have {limit}",
+            "Encode the pictures with FLUX's own VAE.",
+        )
+    return formats[channels]()
+
+
+def _concat_channels(
+    options: dict[str, Any], latents: Tensor, space: LatentFormat
+) -> Tensor | None:
+    """Return what inpainting or control conditioning adds to each latent, ``[n, E, h, w]``."""
+    import comfy.model_base
+
+    given = {
+        name: options[name]
+        for name in ("concat_latent_image", "concat_mask")
+        if options.get(name) is not None
+    }
+    if not given:
+        return None
+    channels = latents.shape[1]
+    extra = channels + (MASK_CHANNELS if "concat_mask" in given else 0)
+    # ComfyUI's own arithmetic. It asks a model for no more than this; which variant the samples
+    # are for is not known here, and checked when they are used.
+    model = SimpleNamespace(
+        model_config=SimpleNamespace(
+            unet_config={"in_channels": channels + extra, "out_channels": channels}
+        ),
+        process_latent_in=space.process_in,
+    )
+    concat: Tensor = comfy.model_base.Flux.concat_cond(
+        model, noise=latents, device=latents.device, **given
+    )
+    return concat
+
+
+def _padded_text(context: Tensor, space: LatentFormat) -> Tensor:
+    from comfy.latent_formats import Flux2
+    from torch.nn.functional import pad
+
+    missing = FLUX2_TEXT_TOKENS - context.shape[1]
+    if not isinstance(space, Flux2) or missing <= 0:
+        return context
+    return pad(context, (0, 0, missing, 0))
