@@ -84,12 +84,12 @@ _MARKERS: tuple[tuple[str, str, str], ...] = (
     (
         r"(^|\.)encoder\.block\.\d",
         "it is a T5 text encoder",
-        "Load it with ComfyUI's 'DualCLIPLoader'.",
+        "Load it with ComfyUI's 'Load CLIP (Dual)'.",
     ),
     (
         r"(^|\.)text_model\.|(^|\.)transformer\.resblocks\.|text_projection",
         "it is a CLIP text encoder",
-        "Load it with ComfyUI's 'DualCLIPLoader'.",
+        "Load it with ComfyUI's 'Load CLIP (Dual)'.",
     ),
     (
         r"(^|\.)layers\.\d+\.(self_attn|mlp|attention)\.|(^|\.)embed_tokens\.|tekken_model",

@@ -62,8 +62,16 @@ def test_header_whose_length_looks_like_a_pickle_is_read(state: State, tmp_path:
         ("ip_adapter_proj_model.proj.weight", "an IP-adapter", "'Load Style Model'"),
         ("decoder.conv_in.weight", "a VAE", "'Load VAE'"),
         ("decoder.up_blocks.0.resnets.0.conv1.weight", "a VAE", "'Load VAE'"),
-        ("encoder.block.0.layer.0.SelfAttention.q.weight", "a T5 text encoder", "DualCLIPLoader"),
-        ("text_model.encoder.layers.0.self_attn.q_proj.weight", "a CLIP text", "DualCLIPLoader"),
+        (
+            "encoder.block.0.layer.0.SelfAttention.q.weight",
+            "a T5 text encoder",
+            r"Load CLIP \(Dual\)",
+        ),
+        (
+            "text_model.encoder.layers.0.self_attn.q_proj.weight",
+            "a CLIP text",
+            r"Load CLIP \(Dual\)",
+        ),
         ("model.layers.0.self_attn.q_proj.weight", "a language model", "'Load CLIP'"),
         ("model.diffusion_model.input_blocks.0.0.weight", "a UNet", "Choose a FLUX"),
         ("model.diffusion_model.joint_blocks.0.x_block.mlp.fc1.weight", "SD3", "Choose a FLUX"),
