@@ -1,20 +1,13 @@
 from __future__ import annotations
 
-import numpy as np
-import onnx
 import pytest
 import torch
-from flux_fp4.quant.e2m1 import (
-    E2M1_VALUES,
-    decode_e2m1,
-    encode_e2m1,
-    pack_codes,
-    unpack_codes,
-)
+from flux_fp4.quant.e2m1 import E2M1_VALUES
 from flux_fp4.quant.errors import NotFiniteError, UnsupportedWeightError
 from flux_fp4.quant.nvfp4 import NVFP4Weight, fake_quantize_activation, quantize_weight
 from flux_fp4.quant.sqnr import sqnr_db
-from onnx import TensorProto, helper, numpy_helper
+from flux_fp4.tests.unit.quant.sample_weights import heavy_tails, normal, with_zero_blocks
+from onnx import helper, numpy_helper
 
 
 def modelopt_nvfp4(weight: torch.Tensor) -> NVFP4Weight:
@@ -34,25 +27,6 @@ def modelopt_nvfp4(weight: torch.Tensor) -> NVFP4Weight:
         torch.from_numpy(numpy_helper.to_array(found["_sw_f8_per_block"].t).copy()),
         torch.tensor(found["_sw_f32_per_tensor"].floats[0]),
     )
-
-
-def normal(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, columns, generator=generator).half().float()
-
-
-def heavy_tails() -> torch.Tensor:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(96, 256, generator=generator)
-    return (x.sign() * x.abs() ** 6).clamp(-6e4, 6e4).half().float()
-
-
-def with_zero_blocks() -> torch.Tensor:
-    x = normal(64, 128, seed=2)
-    x[3] = 0
-    x[:, 16:32] = 0
-    x[0, 0] = -0.0
-    return x
 
 
 def on_the_grid() -> torch.Tensor:
@@ -88,45 +62,6 @@ def test_quantize_weight_equals_modelopts_exporter(weight: torch.Tensor) -> None
     assert torch.equal(ours.packed, theirs.packed)
     assert torch.equal(ours.block_scale.view(torch.uint8), theirs.block_scale)
     assert ours.global_scale.item() == theirs.global_scale.item()
-
-
-def test_all_sixteen_codes_survive_decode_and_encode() -> None:
-    codes = torch.arange(16, dtype=torch.uint8)
-    values = decode_e2m1(codes)
-    assert values.tolist() == [*E2M1_VALUES, *(-value for value in E2M1_VALUES)]
-    # minus zero has no sign of its own in ModelOpt's encoder
-    expected = torch.where(codes == 8, 0, codes)
-    assert torch.equal(encode_e2m1(values), expected)
-
-
-@pytest.mark.parametrize(
-    ("value", "rounded"),
-    [(0.25, 0.0), (0.75, 1.0), (1.25, 1.0), (1.75, 2.0), (2.5, 2.0), (3.5, 4.0), (5.0, 4.0)],
-)
-def test_ties_go_to_the_even_code(value: float, rounded: float) -> None:
-    for sign in (1, -1):
-        code = encode_e2m1(torch.tensor([sign * value]))
-        assert decode_e2m1(code).item() == sign * rounded
-
-
-def test_values_beyond_six_saturate() -> None:
-    assert decode_e2m1(encode_e2m1(torch.tensor([6.1, -1e9]))).tolist() == [6.0, -6.0]
-
-
-def test_even_element_sits_in_the_low_nibble() -> None:
-    codes = torch.tensor([[1, 2, 15, 0]], dtype=torch.uint8)
-    packed = pack_codes(codes)
-    assert packed.tolist() == [[0x21, 0x0F]]
-    assert torch.equal(unpack_codes(packed), codes)
-
-
-def test_packing_is_onnxs_own_order() -> None:
-    codes = torch.arange(16, dtype=torch.uint8)[None]
-    tensor = TensorProto(
-        data_type=TensorProto.FLOAT4E2M1, dims=[1, 16], raw_data=pack_codes(codes).numpy().tobytes()
-    )
-    decoded = onnx.numpy_helper.to_array(tensor).astype(np.float32)
-    assert decoded.tolist() == decode_e2m1(codes).tolist()
 
 
 def test_dequantized_normal_weight_keeps_twenty_db() -> None:
