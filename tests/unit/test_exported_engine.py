@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from flux_fp4.quant.flux.config import block_linears
+from flux_fp4.quant.flux.config import FluxConfig, block_linears
 from flux_fp4.quant.onnx_export import export_blocks
 from flux_fp4.quant.quantized_checkpoint import QuantizedCheckpoint
 from flux_fp4.tests.unit.trt_runtime.block_inputs import block_inputs
@@ -17,7 +17,7 @@ from flux_fp4.trt_runtime.engine import Engine
 from flux_fp4.trt_runtime.signature import read_block_folder
 from mixed_checkpoint import FORMATS, linears_in_plans, save_mixed
 from quantize_tiny import quantize
-from tiny_flux import TINY, ignore_progress, random_flux, save_flux
+from tiny_flux import TINY, TINY_FLUX2, ignore_progress, random_flux, save_flux
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +62,11 @@ def test_exported_blocks_become_fp4_plans_and_run(checkpoint: QuantizedCheckpoin
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_every_format_builds_for_its_oldest_target_and_runs(tmp_path: Path, kind: str) -> None:
-    model = random_flux()
+@pytest.mark.parametrize("config", [TINY, TINY_FLUX2], ids=["FLUX.1", "FLUX.2"])
+def test_every_format_builds_for_its_oldest_target_and_runs(
+    tmp_path: Path, config: FluxConfig, kind: str
+) -> None:
+    model = random_flux(config)
     path = tmp_path / "tiny.safetensors"
     attention = kind != "bf16"
     formats = dict.fromkeys(linears_in_plans(model), kind)
@@ -71,7 +74,7 @@ def test_every_format_builds_for_its_oldest_target_and_runs(tmp_path: Path, kind
     export_blocks(path, ignore_progress)
     target = {"fp8": "sm89", "bf16": "sm86"}.get(kind, "sm120")
     manifest = build_engine(tmp_path, replace(SMALL_SPEC, targets=(target,)), ignore_progress)
-    linears = [len(block_linears(block)) for block in TINY.block_names]
+    linears = [len(block_linears(block)) for block in config.block_names]
     none = [0] * len(linears)
     fp4 = [entry.fp4_gemms_found for entry in manifest.blocks]
     assert fp4 == (linears if kind.startswith("nvfp4") else none)

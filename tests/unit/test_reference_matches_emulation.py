@@ -9,7 +9,8 @@ import pytest
 import torch
 from block_inputs import block_inputs, embedded_sample
 from flux_fp4.quant.emulation import emulated_block, emulated_linear
-from flux_fp4.quant.flux.blocks import block_from_config
+from flux_fp4.quant.flux.blocks import block_from_config, block_modulation
+from flux_fp4.quant.flux.model import Flux
 from flux_fp4.quant.onnx_export import export_blocks, onnx_path
 from flux_fp4.quant.onnx_export.graph import BlockGraph
 from flux_fp4.quant.onnx_export.linears import linear
@@ -17,7 +18,7 @@ from flux_fp4.quant.quantized_checkpoint import QuantizedCheckpoint
 from flux_fp4.quant.sqnr import sqnr_db
 from flux_fp4.trt_runtime.reference import session_from_onnx
 from mixed_checkpoint import FORMATS, linears_in_plans, save_mixed
-from tiny_flux import TINY, ignore_progress, random_flux
+from tiny_flux import TINY, TINY_FLUX2, ignore_progress, random_flux
 
 MIN_LINEAR_DB = 60.0
 """One Linear differs in the order of fp32 sums alone."""
@@ -27,32 +28,29 @@ MIN_BLOCK_DB = 50.0
 one this measures 140 dB; a constant rounded to bf16 by mistake once cost 100 dB of them."""
 
 
-def mixed_formats() -> dict[str, str]:
-    """Every format in every block, no two neighbours alike."""
-    names = linears_in_plans(random_flux())
+def formats_of(model: Flux, kind: str) -> dict[str, str]:
+    """The format by Linear: one of all, or no two neighbours alike."""
+    names = linears_in_plans(model)
+    if kind in FORMATS:
+        return dict.fromkeys(names, kind)
     return {name: FORMATS[index % len(FORMATS)] for index, name in enumerate(names)}
 
 
-def all_of(kind: str) -> dict[str, str]:
-    return dict.fromkeys(linears_in_plans(random_flux()), kind)
-
-
-@pytest.fixture(scope="module", params=[*FORMATS, "mixed", "bf16 attention"])
+@pytest.fixture(scope="module", params=[*FORMATS, "mixed", "bf16 attention", "FLUX.2"])
 def checkpoint(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> QuantizedCheckpoint:
     path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
-    formats = all_of(request.param) if request.param in FORMATS else mixed_formats()
-    result = save_mixed(
-        random_flux(), path, formats, fp8_attention=request.param != "bf16 attention"
-    )
+    model = random_flux(TINY_FLUX2 if request.param == "FLUX.2" else TINY)
+    attention = request.param != "bf16 attention"
+    result = save_mixed(model, path, formats_of(model, request.param), fp8_attention=attention)
     export_blocks(path, ignore_progress)
     return result
 
 
 def high_precision_block(checkpoint: QuantizedCheckpoint, name: str) -> torch.nn.Module:
     """The block with everything that is stored in high precision."""
-    block = block_from_config(name, TINY).requires_grad_(False)
+    block = block_from_config(name, checkpoint.metadata.config).requires_grad_(False)
     tensors = checkpoint.block_tensors(name)
     quantized = {f"{key.removesuffix('.input_scale')}.weight" for key in tensors}
     state = block.state_dict()
@@ -84,10 +82,10 @@ def test_linear(tmp_path: Path, name: str, kind: str) -> None:
 @pytest.mark.parametrize("name", TINY.block_names)
 def test_block(checkpoint: QuantizedCheckpoint, name: str) -> None:
     module = high_precision_block(checkpoint, name)
-    state = embedded_sample()
+    state = embedded_sample(config=checkpoint.metadata.config)
     inputs = block_inputs(module, state)  # type: ignore[arg-type]
     emulated = emulated_block(module, checkpoint.block_tensors(name))  # type: ignore[arg-type]
-    mods = emulated.modulation_vectors(state.vec)
+    mods = block_modulation(emulated, state.vec, state.shared_mods)
     if "txt" in inputs:
         outputs = emulated(inputs["img"], inputs["txt"], state.cos, state.sin, mods)
     else:
