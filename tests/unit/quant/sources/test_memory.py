@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import gc
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 from checkpoint_layouts import diffusers_state, header_mark, save_sharded, save_state
 from flux_fp4.quant.flux.model import tensor_shapes
-from flux_fp4.quant.sources.source import open_source
+from pack_import import ROOT
 from tiny_flux import TINY
 
 State = dict[str, torch.Tensor]
@@ -21,9 +23,32 @@ LARGE = TINY.model_copy(
 """10 blocks of 28 to 72 MB in bf16."""
 
 
-def resident_bytes() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096
+MEASURE = """
+import sys
+from pathlib import Path
+import pack_import
+
+pack_import.register_pack()
+import torch
+from flux_fp4.quant.sources.source import open_source
+
+def resident():
+    return 4096 * int(Path("/proc/self/statm").read_text().split()[1])
+
+source = open_source(Path(sys.argv[1]))
+source.submodule("single_blocks.0")  # what torch and safetensors load once
+before, largest, peak, after = resident(), 0, 0, 0
+for block in source.config.block_names:
+    tensors = source.submodule(block)
+    largest = max(largest, sum(tensor.nbytes for tensor in tensors.values()))
+    for tensor in tensors.values():
+        tensor.view(torch.uint8).sum()  # touch every page
+    peak = max(peak, resident() - before)
+    del tensor, tensors
+    after = max(after, resident() - before)
+print(largest, peak, after)
+"""
+"""In a process of its own, whose memory no other test has touched."""
 
 
 def fp8(state: State, folder: Path) -> Path:
@@ -49,27 +74,16 @@ def fp8(state: State, folder: Path) -> Path:
     ids=["bfl", "diffusers-sharded", "fp8-scaled"],
 )
 def test_memory_is_that_of_a_block(write: Callable[[State, Path], Path], tmp_path: Path) -> None:
-    generator = torch.Generator().manual_seed(0)
-    state = {
-        name: torch.randn(shape, generator=generator).bfloat16()
-        for name, shape in tensor_shapes(LARGE).items()
-    }
+    shapes = tensor_shapes(LARGE)
+    state = {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
     total = sum(tensor.nbytes for tensor in state.values())
-    path = write(state, tmp_path)
-    del state
-    gc.collect()
-    source = open_source(path)
-    before = resident_bytes()
-    largest = peak = after = 0
-    for block in source.config.block_names:
-        tensors = source.submodule(block)
-        largest = max(largest, sum(tensor.nbytes for tensor in tensors.values()))
-        sum(float(tensor.float().sum()) for tensor in tensors.values())  # touch every page
-        peak = max(peak, resident_bytes() - before)
-        del tensors
-        after = max(after, resident_bytes() - before)
+    command = [sys.executable, "-c", MEASURE, str(write(state, tmp_path))]
+    # glibc returns what is freed above this size at once; by default it keeps tens of MB
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    folder = ROOT / "tests" / "tools"
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=True)
+    largest, peak, after = map(int, done.stdout.split())
     assert total > 4 * largest
     message = f"peak {peak / largest:.2f}, afterwards {after / largest:.2f} of the largest block"
-    # the allocator keeps some of what it freed; the file's pages must all be gone
-    assert peak < 2.0 * largest, message
-    assert after < 1.0 * largest, message
+    assert peak < 1.7 * largest, message
+    assert after < 0.1 * largest, message
