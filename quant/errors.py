@@ -235,3 +235,35 @@ class TransformerExportError(QuantError):
             "NVFP4 layout, which ONNX cannot point into. Quantize it with modulation in bf16 or "
             "FP8; the ONNX files of its blocks are not concerned."
         )
+
+
+class NativeCheckpointError(QuantError):
+    """A quantized checkpoint has no equal in ComfyUI's own NVFP4 form.
+
+    Attributes:
+        name: The checkpoint's name.
+        linear: The first Linear in the way.
+        reason: What ComfyUI does not know about it, as the rest of a sentence.
+    """
+
+    def __init__(self, name: str, linear: str, reason: str) -> None:
+        self.name, self.linear, self.reason = name, linear, reason
+        super().__init__(
+            f"'{name}' cannot be saved as a ComfyUI NVFP4 checkpoint: '{linear}' {reason}. "
+            "Quantize it with the recipe 'nvfp4-max' or 'nvfp4-mse' in 'Quantize FLUX to FP4'."
+        )
+
+
+class NativeTargetError(QuantError):
+    """The file to be written exists and belongs to somebody else.
+
+    Attributes:
+        name: File name.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        super().__init__(
+            f"'{name}' exists already and was not made by 'Save as ComfyUI NVFP4 Checkpoint'; it "
+            "was left as it is. Enter another name."
+        )
