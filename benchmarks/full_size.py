@@ -143,9 +143,7 @@ def run(folder: Path, stage: str, recipe: str | None) -> None:
         write_source(source_path)
     elif stage == "calibrate":
         source, calibration = open_source(source_path), samples()
-        statistics = StatisticsFolder(
-            folder / "statistics", source.digest(), calibration.digest()
-        )
+        statistics = StatisticsFolder(folder / "statistics", source.digest(), calibration.digest())
         collect_statistics(source, calibration, statistics, show, "cpu", compute_dtype("cpu"))
     elif stage == "quantize":
         options = QuantizeOptions(recipe=named_recipe(str(recipe)))

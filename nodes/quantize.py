@@ -15,9 +15,7 @@ if TYPE_CHECKING:
     from ..quant.recipe import QuantizeOptions
     from ..quant.sources.source import FluxSource
 
-SAMPLES = Samples.Input(
-    "samples", tooltip="What 'FLUX Calibration Samples' made of your pictures."
-)
+SAMPLES = Samples.Input("samples", tooltip="What 'FLUX Calibration Samples' made of your pictures.")
 NAME = io.String.Input(
     "name",
     default="flux-nvfp4",

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from .errors import UnsupportedWeightError
 from .fp8 import quantize_weight_fp8
+from .low_rank import low_rank_branch
+from .modelopt_calibration import awq_pre_quant_scale
 from .nvfp4 import E2M1_MAX, E4M3_MAX, NVFP4Weight, quantize_weight
 from .recipe import Format, QuantizeOptions, Recipe
 from .statistics import LinearStatistics
@@ -37,8 +39,6 @@ def smoothing_scales(
     """
     if recipe.smoothing == "none":
         return {}
-    from .modelopt_calibration import awq_pre_quant_scale
-
     linears = {
         linear: (weight, statistics[linear].rows.to(weight))
         for linear, weight in weights.items()
@@ -97,8 +97,6 @@ def quantize_linear(
             quantize_weight, linear=name, search=recipe.scale_search, importance=importance
         )
         if recipe.low_rank is not None:
-            from .low_rank import low_rank_branch
-
             branch = low_rank_branch(
                 weight.float(),
                 recipe.low_rank.rank,

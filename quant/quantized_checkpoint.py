@@ -70,7 +70,8 @@ class QuantizedMetadata(BaseModel):
         high_precision: Type of everything that is not quantized inside a plan.
         calibration_digest: Of the calibration samples.
         calibration_samples: How many there were.
-        calibration_seed: Of their noise; None if they came from elsewhere.
+        calibration_seed: Of their noise; None if there are none.
+        calibration_timesteps: Noise levels of each picture.
         velocity_sqnr_db: How well the model in full precision predicts the velocity of the
             calibration samples: about 0 dB for a model that predicts nothing. None if unknown.
         source_name: File name of the source checkpoint.
@@ -92,6 +93,7 @@ class QuantizedMetadata(BaseModel):
     calibration_digest: str
     calibration_samples: int
     calibration_seed: int | None
+    calibration_timesteps: int
     velocity_sqnr_db: float | None
     source_name: str
     source_layout: str

@@ -19,7 +19,7 @@ from .flux.blocks import (
     block_modulation,
 )
 from .flux.config import FluxConfig, block_linears
-from .flux.model import Embedders, LastLayer, patchify
+from .flux.model import Embedders, LastLayer
 from .progress import Progress
 from .sqnr import SQNR
 from .statistics import BlockObserver, BlockStatistics, probe_states
@@ -163,10 +163,7 @@ def _velocity_sqnr_db(
     layer.to(like.device, like.dtype)
     ratio = SQNR()
     for sample, state in zip(calibration.samples, states, strict=True):
-        velocity = getattr(sample, "velocity", None)  # XXX
-        if velocity is None:
-            continue
-        target = patchify(velocity, source.config.patch_size)
+        target = sample.velocity_patches(source.config.patch_size)
         start = sample.conditioning.context.shape[1]
         predicted = layer(state.img[:, start : start + target.shape[1]], state.vec)
         ratio.add(target, predicted.float().cpu())

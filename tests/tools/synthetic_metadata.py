@@ -19,6 +19,7 @@ def synthetic_metadata(
         calibration_digest="",
         calibration_samples=0,
         calibration_seed=None,
+        calibration_timesteps=0,
         velocity_sqnr_db=None,
         source_name="random",
         source_layout="bfl",

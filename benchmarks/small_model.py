@@ -1,0 +1,176 @@
+"""Velocity SQNR of the trained small model on held-out pictures, by recipe and activation range.
+
+    python benchmarks/small_model.py range       percentile and headroom, by number of pictures
+    python benchmarks/small_model.py recipes     every recipe
+
+The quantized model is emulated in torch. Each number is the mean over calibrations with different
+pictures and noise, with the standard deviation behind it; held-out pictures are the same for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests" / "tools"))
+
+from pack_import import register_pack  # noqa: E402
+
+register_pack()
+
+import small_model_files  # noqa: E402
+from comfy_in_process import import_comfyui  # noqa: E402
+
+import_comfyui()
+
+from flux_fp4.quant.calibration import (  # noqa: E402
+    CalibrationSet,
+    Conditioning,
+    rectified_flow_samples,
+)
+from flux_fp4.quant.emulation import emulated_block  # noqa: E402
+from flux_fp4.quant.flux.model import LastLayer  # noqa: E402
+from flux_fp4.quant.quantize import quantize_checkpoint  # noqa: E402
+from flux_fp4.quant.quantized_checkpoint import QuantizedCheckpoint  # noqa: E402
+from flux_fp4.quant.recipe import RECIPES, QuantizeOptions, named_recipe  # noqa: E402
+from flux_fp4.quant.sources.source import FluxSource, open_source  # noqa: E402
+from flux_fp4.quant.sqnr import SQNR  # noqa: E402
+from flux_fp4.quant.stack import block_with_weights, embed, run_block  # noqa: E402
+from small_model.autoencoder import latents_of  # noqa: E402
+from small_model.conditioning import encode_prompts  # noqa: E402
+from small_model.digits import PROMPTS, load_ink  # noqa: E402
+
+HELD_OUT = range(1600, 1664)
+TIMESTEPS, GUIDANCE = 8, 3.5
+REPEATS = 4
+
+
+@dataclass(frozen=True)
+class Digits:
+    """What samples are made of."""
+
+    latents: Tensor
+    labels: Tensor
+    context: Tensor
+    pooled: Tensor
+
+    @classmethod
+    def load(cls) -> Digits:
+        """Encode every digit and every prompt."""
+        ink, labels = load_ink()
+        return cls(
+            latents_of(ink), labels, *encode_prompts(small_model_files.text_encoder(), PROMPTS)
+        )
+
+    def samples(self, pictures: range, seed: int) -> CalibrationSet:
+        """Return the samples of some pictures with their own prompts."""
+        prompts = [
+            Conditioning(self.context[label][None], self.pooled[label][None], GUIDANCE)
+            for label in self.labels[list(pictures)]
+        ]
+        return rectified_flow_samples(self.latents[list(pictures)], prompts, TIMESTEPS, seed)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The model in full precision with what it predicts of the held-out pictures."""
+
+    source: FluxSource
+    digits: Digits
+    held_out: CalibrationSet
+    velocities: list[Tensor]
+    folder: Path
+
+    @classmethod
+    def prepare(cls, folder: Path) -> Bench:
+        """Predict the held-out velocities; results go to ``folder``."""
+        source = open_source(small_model_files.DATA / small_model_files.DIFFUSION_MODEL)
+        digits = Digits.load()
+        held_out = digits.samples(HELD_OUT, seed=99)
+        velocities = list(_velocities(source, held_out, None))
+        return cls(source, digits, held_out, velocities, folder)
+
+    def measured(self, options: QuantizeOptions, pictures: int) -> str:
+        """Return mean and deviation of the velocity SQNR over calibrations."""
+        found = []
+        for repeat in range(REPEATS):
+            chosen = range(pictures * repeat, pictures * (repeat + 1))
+            calibration = self.digits.samples(chosen, seed=repeat)
+            path = self.folder / "model" / "model.safetensors"
+            quantized = quantize_checkpoint(
+                self.source,
+                path,
+                calibration,
+                options,
+                self.folder / "statistics",
+                lambda phase, done, total: None,
+                dtype=torch.float32,
+            )
+            ratio = SQNR()
+            actual = _velocities(self.source, self.held_out, quantized)
+            for expected, velocity in zip(self.velocities, actual, strict=True):
+                ratio.add(expected, velocity)
+            found.append(ratio.db)
+        return f"{statistics.fmean(found):.2f} ± {statistics.stdev(found):.2f}"
+
+
+@torch.inference_mode()
+def _velocities(
+    source: FluxSource, samples: CalibrationSet, quantized: QuantizedCheckpoint | None
+) -> Iterator[Tensor]:
+    states = embed(source, samples, "cpu", torch.float32)
+    for name in source.config.block_names:
+        block = block_with_weights(name, source.config, source.submodule(name), torch.float32)
+        if quantized is not None:
+            block = emulated_block(block, quantized.block_tensors(name))
+        states = [run_block(block, state) for state in states]
+    layer = LastLayer(source.config)
+    layer.load_state_dict(source.submodule("final_layer"))
+    for sample, state in zip(samples.samples, states, strict=True):
+        yield layer(state.img[:, sample.conditioning.context.shape[1] :], state.vec)
+
+
+def activation_range(bench: Bench) -> None:
+    """Print how percentile and headroom do with few and with many pictures."""
+    counts = (1, 4, 16)
+    print(f"| percentile | headroom | {' | '.join(f'{n} pictures' for n in counts)} |")
+    print("|---" * (2 + len(counts)) + "|")
+    for percentile in (99.0, 99.9, 100.0):
+        for headroom in (1.0, 1.25, 1.5, 2.0, 4.0):
+            options = QuantizeOptions(percentile=percentile, headroom=headroom)
+            cells = [bench.measured(options, count) for count in counts]
+            print(f"| {percentile} | {headroom} | {' | '.join(cells)} |", flush=True)
+
+
+def recipes(bench: Bench) -> None:
+    """Print every recipe, calibrated with 16 pictures."""
+    print("| recipe | FP8 attention | attention in high precision |")
+    print("|---|---|---|")
+    for name in RECIPES:
+        cells = [
+            bench.measured(QuantizeOptions(recipe=named_recipe(name), fp8_attention=fp8), 16)
+            for fp8 in (True, False)
+        ]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("table", choices=["range", "recipes"])
+    table = parser.parse_args().table
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench.prepare(Path(folder))
+        (activation_range if table == "range" else recipes)(bench)
+
+
+if __name__ == "__main__":
+    main()
