@@ -100,11 +100,10 @@ class CheckpointWriter:
             self._lock.acquire()
         except Timeout as error:
             raise CheckpointBusyError(self._path.name) from error
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._lock.release)
             self._resume_or_create()
-        except BaseException:
-            self._lock.release()
-            raise
+            undo.pop_all()
         return self
 
     def __exit__(
