@@ -10,6 +10,7 @@ from .calibration import CalibrationSamples
 from .export import ExportONNX
 from .inspect_checkpoint import Inspect
 from .load import LoadEngine
+from .native import SaveNative
 from .paths import register_model_folder
 from .quantize import Quantize, QuantizeModel
 
@@ -30,4 +31,5 @@ class FluxFP4Extension(ComfyExtension):
             LoadEngine,
             EngineFromCheckpoint,
             Inspect,
+            SaveNative,
         ]

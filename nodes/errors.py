@@ -10,18 +10,19 @@ class NodeError(Exception):
 
 
 class ArtifactNameError(NodeError):
-    """A name cannot become a folder in the `flux_fp4` model folder.
+    """A name cannot become a file or folder in a model folder.
 
     Attributes:
         name: The rejected name.
         reason: Which rule it breaks.
+        node: Display name of the node to enter another name in.
     """
 
-    def __init__(self, name: str, reason: str) -> None:
-        self.name, self.reason = name, reason
+    def __init__(self, name: str, reason: str, node: str = "Quantize FLUX to FP4") -> None:
+        self.name, self.reason, self.node = name, reason, node
         super().__init__(
             f"{name!r} cannot be the name of an FP4 checkpoint: {reason}. "
-            "Enter a plain name such as 'flux1-dev-nvfp4' in 'Quantize FLUX to FP4'."
+            f"Enter a plain name such as 'flux1-dev-nvfp4' in '{node}'."
         )
 
 

@@ -5,6 +5,7 @@
     models/flux_fp4/<name>/<target>/manifest.json   an engine, named "<name>/<target>"
     models/flux_fp4/recipes/<name>.yaml             a recipe of the user's own
     models/flux_fp4/.statistics/<digests>/          what calibration measured, for every recipe
+    models/diffusion_models/<name>.safetensors      a checkpoint saved for ComfyUI's own loader
 
 A link can carry any string, so every name is checked here before it touches the disk: one plain
 folder name per level, below a registered model folder. Symbolic links that a user put there are
@@ -134,6 +135,22 @@ def new_checkpoint(name: str) -> Path:
         if _holds_checkpoint(root / name):
             return root / name / f"{name}.safetensors"
     return _roots()[0] / name / f"{name}.safetensors"
+
+
+def native_checkpoint(name: str) -> Path:
+    """Return the file in ComfyUI's `diffusion_models` that a native checkpoint has or will have.
+
+    Raises:
+        ArtifactNameError: The name is not a plain one.
+    """
+    fault = name_fault(name)
+    if fault is not None:
+        raise ArtifactNameError(name, fault, "Save as ComfyUI NVFP4 Checkpoint")
+    folders = [Path(path) for path in folder_paths.get_folder_paths(_SOURCES)]
+    # the first of ComfyUI's own two is models/unet, its former name
+    folders.sort(key=lambda folder: folder.name != _SOURCES)
+    file = f"{name}.safetensors"
+    return next((folder for folder in folders if (folder / file).exists()), folders[0]) / file
 
 
 def engine_folder(name: str) -> Path:
