@@ -1,14 +1,13 @@
-"""The only file that knows ModelOpt: activation ranges and AWQ scales of Linears.
+"""The only file that knows ModelOpt: AWQ scales of Linears.
 
-ModelOpt 0.47 registers quantizers by module type, so Linears must be plain ``torch.nn``. It cannot
-execute NVFP4 on a CPU. Ranges need no execution: quantizers observe and do not quantize. AWQ does:
-its weights go through our own NVFP4, registered as one of ModelOpt's quantization backends.
+ModelOpt 0.47 cannot execute NVFP4 on a CPU; here its weights go through our own, registered as one
+of ModelOpt's quantization backends for as long as it calibrates.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
 from unittest.mock import patch
@@ -24,7 +23,6 @@ _NVFP4 = {
     "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)},
 }
 """ModelOpt 0.47 ``configs/ptq/presets/model/nvfp4``: E2M1 in blocks of 16 with E4M3 scales."""
-
 
 _BACKEND = "flux_fp4_nvfp4"
 
@@ -64,7 +62,8 @@ def awq_pre_quant_scale(
 
 
 def _awq_scale(mtq: ModuleType, weight: Tensor, rows: Tensor, alpha_step: float) -> Tensor:
-    linear = nn.Linear(*reversed(weight.shape), bias=False, device="meta")
+    outputs, inputs = weight.shape
+    linear = nn.Linear(inputs, outputs, bias=False, device="meta")
     # ModelOpt scales it in place at the end: never the caller's own
     smoothed = weight.to(torch.float32, copy=True)
     linear.weight = nn.Parameter(smoothed, requires_grad=False)
@@ -116,47 +115,6 @@ def _cpu_nvfp4(mtq: ModuleType, heartbeat: Callable[[], None] | None) -> Iterato
             yield mtq
     finally:
         unregister_quant_backend(_BACKEND)
-
-
-def input_amax(
-    block: nn.Module, linears: Sequence[str], forward: Callable[[], None], block_name: str
-) -> dict[str, float]:
-    """Measure the largest input magnitude of each Linear by ModelOpt's max calibration.
-
-    Args:
-        block: The block; its Linears get quantizers, so it is of no other use afterwards.
-        linears: Names relative to the block.
-        forward: Runs every calibration sample through the block.
-        block_name: For errors.
-
-    Returns:
-        ``amax`` by Linear.
-
-    Raises:
-        CalibrationError: A Linear saw only zeros.
-        NotFiniteError: A Linear saw NaN or infinity.
-    """
-    mtq = _load_modelopt()
-    enabled = [{"quantizer_name": f"{linear}.input_quantizer", "cfg": _NVFP4} for linear in linears]
-    config = {
-        "quant_cfg": [{"quantizer_name": "*", "enable": False}, *enabled],
-        "algorithm": "max",
-    }
-    try:
-        mtq.quantize(block, config, forward_loop=lambda _: forward())
-    except AssertionError as error:  # MaxCalibrator asserts that what it sees is finite
-        raise NotFiniteError(
-            f"An activation of '{block_name}'", "Try other latents or prompts for calibration."
-        ) from error
-    measured = {}
-    for linear in linears:
-        amax = float(block.get_submodule(linear).input_quantizer.amax)  # type: ignore[arg-type]
-        if amax == 0:
-            raise CalibrationError(
-                f"every input of '{block_name}.{linear}' was zero", "a sample must reach each layer"
-            )
-        measured[linear] = amax
-    return measured
 
 
 def _load_modelopt() -> ModuleType:
