@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import comfy.model_detection
 import comfy.model_management
 import comfy.ops
+import comfy.utils
 import torch
 from torch import Tensor, nn
 
@@ -132,18 +133,24 @@ def build_engine_model(
 
 
 def _choose_dtype(config: Any, weights: Mapping[str, Tensor], load_device: torch.device) -> None:
-    # The same three steps as comfy.sd.load_diffusion_model_state_dict (0.30), so that command line
+    # The same steps as comfy.sd.load_diffusion_model_state_dict (0.30), so that command line
     # options such as --bf16-unet and machines without bf16 get what stock FLUX gets.
     supported = list(config.supported_inference_dtypes)
+    config.quant_config = comfy.utils.detect_layer_quantization(weights, "")
+    quantized = config.quant_config is not None
     dtype = comfy.model_management.unet_dtype(
         device=load_device,
         model_params=sum(weight.numel() for weight in weights.values()),
         supported_dtypes=supported,
-        weight_dtype=_weight_dtype(weights),
+        weight_dtype=None if quantized else _weight_dtype(weights),
     )
-    manual_cast = comfy.model_management.unet_manual_cast(dtype, load_device, supported)
+    manual_cast = comfy.model_management.unet_manual_cast(
+        None if quantized else dtype, load_device, supported
+    )
     config.set_inference_dtype(dtype, manual_cast, device=load_device)
-    config.custom_operations = comfy.ops.pick_operations(dtype, manual_cast, load_device)
+    config.custom_operations = comfy.ops.pick_operations(
+        dtype, config.manual_cast_dtype, load_device, model_config=config
+    )
 
 
 def _weight_dtype(weights: Mapping[str, Tensor]) -> torch.dtype:
@@ -182,9 +189,19 @@ def _weight_options(config: Any) -> dict[str, Any]:
 def _load_weights(model: BaseModel, weights: dict[str, Tensor], checkpoint: str) -> None:
     # With DynamicVRAM on, ComfyUI's Linear takes over the dtype it is given (0.30, ``comfy.ops``).
     dtype = model.get_dtype()
+    # Linears with this marker are quantized, and ComfyUI's own Linear reads them as they are.
+    quantized = tuple(
+        name.removesuffix("comfy_quant") for name in weights if name.endswith(".comfy_quant")
+    )
     named = model.model_config.process_unet_state_dict(weights)
     missing, unexpected = model.diffusion_model.load_state_dict(
-        {name: weight.to(dtype) for name, weight in named.items()}, strict=False
+        {
+            name: weight
+            if name.startswith(quantized) and not name.endswith(".bias")
+            else weight.to(dtype)
+            for name, weight in named.items()
+        },
+        strict=False,
     )
     if missing or unexpected:
         raise CheckpointWeightsError(checkpoint, missing, unexpected)
