@@ -84,7 +84,8 @@ def low_rank_branch(
         if error < least:
             best, least = current, error
         if refinement < refinements:
-            current = _split(weight, weight - quantized, rank, method, seed)
+            target = torch.sub(weight, quantized, out=quantized)
+            current = _split(weight, target, rank, method, seed)
     return best
 
 
