@@ -11,6 +11,9 @@ import torch
 from comfy.ldm.flux.layers import DoubleStreamBlock, ModulationOut, SingleStreamBlock
 from flux_fp4.nodes.engine_model import build_engine_model
 from flux_fp4.nodes.engine_patcher import EnginePatcher
+from flux_fp4.quant.modulation import is_modulation_weight, stored_modulation
+from flux_fp4.quant.quantized_checkpoint import is_in_plan
+from flux_fp4.quant.recipe import Format
 from torch import Tensor
 
 
@@ -61,22 +64,25 @@ class TorchEngine:
         return {"img_out": img, "txt_out": txt}
 
 
-def weights_outside_of_plans(flux: torch.nn.Module) -> dict[str, Tensor]:
-    """Copies of a stock FLUX's weights that are not the engine's."""
-    return {
-        name: weight.clone()
-        for name, weight in flux.state_dict().items()
-        if not name.startswith(("double_blocks", "single_blocks"))
-        or any(part in name for part in ("img_mod.", "txt_mod.", "modulation."))
-    }
+def weights_outside_of_plans(flux: torch.nn.Module, modulation: Format) -> dict[str, Tensor]:
+    """Copies of a stock FLUX's weights that are not the engine's; modulation stored as given."""
+    weights: dict[str, Tensor] = {}
+    for name, weight in flux.state_dict().items():
+        if modulation != "bf16" and is_modulation_weight(name):
+            weights |= stored_modulation(name, weight, modulation)
+        elif not is_in_plan(name):
+            weights[name] = weight.clone()
+    return weights
 
 
-def engine_over(stock: Any, dynamic_vram: bool = False) -> EnginePatcher:
+def engine_over(
+    stock: Any, dynamic_vram: bool = False, modulation: Format = "bf16"
+) -> EnginePatcher:
     """Make an engine-backed MODEL that computes with the blocks of a stock model, using it up."""
     flux, config = stock.model.diffusion_model, stock.model.model_config
     blocks = {f"double_blocks.{i}": block for i, block in enumerate(flux.double_blocks)}
     blocks |= {f"single_blocks.{i}": block for i, block in enumerate(flux.single_blocks)}
-    weights = weights_outside_of_plans(flux)
+    weights = weights_outside_of_plans(flux, modulation)
     unet_config = {key: value for key, value in config.unet_config.items() if key != "dtype"}
     cpu = torch.device("cpu")
     # ComfyUI's modules are built in another way while DynamicVRAM is on, the default on NVIDIA GPUs
