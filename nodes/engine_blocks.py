@@ -118,6 +118,8 @@ class EngineDoubleBlock(DoubleStreamBlock):
 class EngineSingleBlock(SingleStreamBlock):
     """A single block: text and image tokens in one stream, all inside one plan."""
 
+    modulation: Modulation | None
+
     def __init__(
         self,
         name: str,

@@ -103,7 +103,7 @@ def _from_tensors(tensors: Mapping[str, Tensor]) -> BlockStatistics:
     attention = {
         part: RangeStatistics(tensors[f"attention.{part}.quantiles"]) for part in ("q", "k", "v")
     }
-    probes = []
+    probes: list[SampleState] = []
     while f"probes.{len(probes)}.img" in tensors:
         start = f"probes.{len(probes)}"
         probes.append(SampleState(*(tensors.get(f"{start}.{name}") for name in _STATE)))  # type: ignore[arg-type]
