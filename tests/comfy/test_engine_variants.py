@@ -1,4 +1,4 @@
-"""A FLUX.2 MODEL over an engine against ComfyUI's own, in one process, with torch as the engine."""
+"""MODELs of other variants than FLUX.1-dev over an engine, with torch as the engine."""
 
 from __future__ import annotations
 
@@ -51,8 +51,10 @@ def condition(seed: int = 0, **options: Any) -> list[Any]:
     return [[torch.randn(1, 20, 96, generator=generator), options]]
 
 
-def sample(model: Any, positive: list[Any], cfg: float = 1.0, batch: int = 2) -> Tensor:
-    latent = torch.zeros(batch, 128, 4, 5)
+def sample(
+    model: Any, positive: list[Any], cfg: float = 1.0, batch: int = 2, channels: int = 128
+) -> Tensor:
+    latent = torch.zeros(batch, channels, 4, 5)
     return comfy.sample.sample(
         model,
         comfy.sample.prepare_noise(latent, seed=5),
@@ -109,3 +111,27 @@ def test_config_looks_like_stock(stock: Any, engine: EnginePatcher) -> None:
     ours, theirs = engine.model.model_config.unet_config, stock.model.model_config.unet_config
     assert {key: ours[key] for key in theirs} == theirs
     assert engine.model.diffusion_model.params == stock.model.diffusion_model.params
+
+
+CONCAT: dict[str, dict[str, Any]] = {
+    "flux1-fill": {
+        "concat_latent_image": torch.ones(1, 16, 4, 5),
+        "concat_mask": torch.eye(40)[None, None],
+    },
+    "flux1-control": {"concat_latent_image": -torch.ones(1, 16, 6, 6)},
+    "flux1-schnell": {},
+}
+
+
+@pytest.mark.parametrize("variant", CONCAT)
+def test_engine_samples_like_stock_flux1_variants(variant: str, tmp_path: Path) -> None:
+    path = save_flux(random_flux(TINY_VARIANTS[variant]), tmp_path / "tiny.safetensors")
+    stock = comfy.sd.load_diffusion_model(str(path))
+    engine = engine_over(comfy.sd.load_diffusion_model(str(path)))
+    positive = condition(**CONCAT[variant])
+    expected, actual = (sample(model, positive, channels=16) for model in (stock, engine))
+    assert engine.model.engine.runs > 0
+    assert (expected - actual).abs().max() <= TOLERANCE * expected.abs().max()
+    if CONCAT[variant]:
+        assert (sample(engine, condition(), channels=16) - actual).abs().max() > 0.01
+    mm.unload_all_models()
