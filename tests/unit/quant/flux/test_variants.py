@@ -11,8 +11,8 @@ from quantize_tiny import quantize, with_recipe
 from tiny_flux import TINY_VARIANTS, ignore_progress, random_flux, random_samples, save_flux
 
 MIN_UPDATE_DB = 11.0
-"""Of what a block adds to its input. FLUX.1's random blocks measure at least 13.9 dB, FLUX.2's 12.6:
-in a gated MLP both factors of each product carry noise."""
+"""Of what a block adds to its input. Random blocks of FLUX.1 measure at least 13.9 dB, of FLUX.2
+12.6: in a gated MLP both factors of each product carry noise."""
 
 
 @pytest.mark.parametrize("variant", TINY_VARIANTS)
