@@ -1,1 +1,1 @@
-"""FLUX.1 in plain torch: the blocks that are calibrated and the sizes that describe them."""
+"""FLUX.1 and FLUX.2 in plain torch: the blocks that are calibrated, and their sizes."""
