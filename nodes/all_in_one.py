@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from comfy_api.latest import io, ui
 
+from ..quant.recipe import QuantizeOptions
 from . import paths
 from .build import MAX_BATCH, MAX_MEGAPIXELS, MAX_TEXT_TOKENS, TARGET, WORKERS, build_spec
 from .errors import CalibrationMissingError
-from .fingerprint import OutputLedger, file_state
+from .fingerprint import OutputLedger
 from .load import BACKEND, MODEL_OUTPUT
-from .quantize import source_input
-from .recipe_inputs import ADVANCED, FP8_ATTENTION, options_from, recipe_input
+from .quantize import source_input, source_state
+from .recipe_inputs import ADVANCED, FP8_ATTENTION, options_from, recipe_input, recipe_state
 from .schema import CATEGORY, Samples, description
-
-if TYPE_CHECKING:
-    from ..quant.recipe import QuantizeOptions
 
 
 class EngineFromCheckpoint(io.ComfyNode):
@@ -58,9 +56,11 @@ class EngineFromCheckpoint(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, checkpoint: str | None, **_options: Any) -> tuple[Any, int]:
-        source = checkpoint and file_state(paths.source_checkpoint(checkpoint))
-        return source, cls.ledger.fingerprint(cls.hidden.unique_id)
+    def fingerprint_inputs(
+        cls, checkpoint: str | None, recipe: str | None, **_options: Any
+    ) -> tuple[Any, ...]:
+        ledger = cls.ledger.fingerprint(cls.hidden.unique_id)
+        return source_state(checkpoint), recipe_state(recipe), ledger
 
     @classmethod
     def execute(
@@ -94,13 +94,28 @@ class EngineFromCheckpoint(io.ComfyNode):
 
 
 def quantized_name(checkpoint: str, options: QuantizeOptions) -> str:
-    """Return the name under which this node keeps the quantized form of a checkpoint."""
+    """Return the name under which this node keeps the quantized form of a checkpoint.
+
+    It is made of the file, the recipe and every option that is not at its default, so that trying
+    another option never replaces an earlier result.
+    """
     # Sub-folders become part of the name: two fine-tunes may share a file name.
     stem = checkpoint.removesuffix(".index.json").removesuffix(".safetensors")
-    stem = stem.replace("\\", "/").replace("/", "-")
-    attention = "" if options.fp8_attention else "-bf16-attention"
-    modulation = "" if options.modulation == "bf16" else f"-{options.modulation}-modulation"
-    return f"{stem}-{options.recipe.name}{attention}{modulation}"
+    parts = [stem.replace("\\", "/").replace("/", "-"), options.recipe.name]
+    budget, defaults = options.recipe.auto, QuantizeOptions()
+    if budget is not None and budget.floor_db is not None:
+        parts.append(f"{budget.floor_db:g}dB")
+    if budget is not None and budget.max_bytes is not None:
+        parts.append(f"{budget.max_bytes / 2**30:g}GiB")
+    if not options.fp8_attention:
+        parts.append("bf16-attention")
+    if options.modulation != defaults.modulation:
+        parts.append(f"{options.modulation}-modulation")
+    if options.percentile != defaults.percentile:
+        parts.append(f"percentile{options.percentile:g}")
+    if options.headroom != defaults.headroom:
+        parts.append(f"headroom{options.headroom:g}")
+    return "-".join(parts)
 
 
 def _quantized(checkpoint: str, options: QuantizeOptions, samples: Any, progress: Any) -> Path:

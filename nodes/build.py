@@ -17,7 +17,13 @@ if TYPE_CHECKING:
 TARGETS = {
     "sm120": ("GeForce RTX 50, RTX PRO Blackwell", "tensorrt_rtx", ("sm120",)),
     "sm121": ("DGX Spark (GB10)", "tensorrt_rtx", ("sm121",)),
-    "sm120+sm121": ("both", "tensorrt_rtx", ("sm120", "sm121")),
+    "sm120+sm121": ("both of these", "tensorrt_rtx", ("sm120", "sm121")),
+    "sm89": ("GeForce RTX 40, recipes fp8 and bf16", "tensorrt_rtx", ("sm89",)),
+    "sm86": (
+        "GeForce RTX 30, recipe bf16 with FP8 attention off",
+        "tensorrt_rtx",
+        ("sm86",),
+    ),
     "tensorrt-sm100": ("B200, GB200", "tensorrt", ("sm100",)),
     "tensorrt-sm103": ("B300, GB300", "tensorrt", ("sm103",)),
     "tensorrt-sm120": ("GeForce RTX 50 through TensorRT", "tensorrt", ("sm120",)),
@@ -36,9 +42,9 @@ TARGET = io.Combo.Input(
     "target",
     options=list(TARGETS),
     default="sm120",
-    tooltip="GPU generation to build for; this machine needs no such GPU for sm120 and sm121. "
+    tooltip="GPU generation to build for; this machine needs no such GPU. "
     + "; ".join(f"{name}: {gpus}" for name, (gpus, _, _) in TARGETS.items())
-    + ". Names with 'tensorrt-' need the tensorrt package.",
+    + ". Names with 'tensorrt-' need the tensorrt package and such a GPU in this machine.",
 )
 MAX_MEGAPIXELS = io.Float.Input(
     "max_megapixels",

@@ -72,7 +72,8 @@ class CalibrationSamples(io.ComfyNode):
             outputs=[
                 Samples.Output(
                     display_name="samples",
-                    tooltip="Samples for 'Quantize FLUX to FP4' or 'FLUX FP4 from Checkpoint'.",
+                    tooltip="Samples for 'Quantize FLUX to FP4', 'Quantize FLUX MODEL to FP4' or "
+                    "'FLUX FP4 from Checkpoint'.",
                 )
             ],
         )

@@ -147,9 +147,9 @@ class EngineWeightError(NodeError):
         more = f" and {len(weights) - 1} more weights" if len(weights) > 1 else ""
         super().__init__(
             f"{reason} {weights[0]!r}{more}, which are FP4 inside the engine; only embedders, "
-            "modulation and the final layer can be patched. Merge the change into the FLUX "
-            "checkpoint and quantize the result with 'Quantize FLUX to FP4', or use 'Load "
-            "Diffusion Model' for this MODEL."
+            "modulation and the final layer can be patched. Merge the change before quantizing: "
+            "connect the LoRA loader to 'Quantize FLUX MODEL to FP4'. Or use 'Load Diffusion "
+            "Model' for this MODEL."
         )
 
 

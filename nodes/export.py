@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io, ui
@@ -33,7 +35,16 @@ class ExportONNX(io.ComfyNode):
                     options=paths.quantized_checkpoints(),
                     tooltip="Quantized checkpoint in models/flux_fp4; choose one, or connect "
                     "'Quantize FLUX to FP4'.",
-                )
+                ),
+                io.Boolean.Input(
+                    "whole_transformer",
+                    display_name="whole transformer",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Also write transformer.onnx, the whole model as one file, for other "
+                    "runtimes. Engines do not need it. Not possible with modulation in nvfp4.",
+                ),
             ],
             outputs=[
                 io.Combo.Output(
@@ -44,19 +55,27 @@ class ExportONNX(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, checkpoint: str | None) -> tuple[Any, int]:
+    def fingerprint_inputs(cls, checkpoint: str | None, **_options: Any) -> tuple[Any, int]:
         source = checkpoint and file_state(paths.quantized_checkpoint(checkpoint))
         return source, cls.ledger.fingerprint(cls.hidden.unique_id)
 
     @classmethod
-    def execute(cls, checkpoint: str) -> io.NodeOutput:
+    def execute(cls, checkpoint: str, whole_transformer: bool = False) -> io.NodeOutput:
         from . import stages
         from .progress import NodeProgress
 
         progress = NodeProgress(cls.hidden.unique_id)
-        files = stages.export(paths.quantized_checkpoint(checkpoint), progress)
+        source = paths.quantized_checkpoint(checkpoint)
+        files = stages.export(source, progress)
+        text = f"{checkpoint}: {len(files)} block ONNX files, {_kibibytes(files)} in all"
+        if whole_transformer:
+            whole = stages.export_transformer(source, progress)
+            files = (*files, whole)
+            text += f"\n{whole.name}: {_kibibytes([whole])} in {whole.parent}"
         cls.ledger.record(cls.hidden.unique_id, files)
-        size = sum(file.stat().st_size for file in files)
-        text = f"{checkpoint}: {len(files)} block ONNX files, {size / 2**10:,.0f} KiB in all"
         progress.show(text)
         return io.NodeOutput(checkpoint, ui=ui.PreviewText(text))
+
+
+def _kibibytes(files: Iterable[Path]) -> str:
+    return f"{sum(file.stat().st_size for file in files) / 2**10:,.0f} KiB"

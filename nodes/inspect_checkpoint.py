@@ -13,9 +13,9 @@ from .schema import CATEGORY, description
 
 
 class Inspect(io.ComfyNode):
-    """Reports on a quantized checkpoint: recipe, sizes before and after, how well every Linear
-    survived quantization (SQNR, higher is better), and for each engine the FP4 kernels found in its
-    plans and the versions it was built with."""
+    """Reports on a quantized checkpoint: recipe, sizes before and after, the format of every Linear
+    and how well it survived quantization (SQNR, higher is better), and for each engine the FP4 and
+    FP8 kernels found in its plans and the versions it was built with."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -64,6 +64,21 @@ def source_checkpoint(name: str) -> Path:
     return Path(path)
 
 
+def source_files(name: str) -> list[Path]:
+    """Return every file of a checkpoint listed by `source_checkpoints`: shards follow their index.
+
+    Raises:
+        SourceCheckpointError: It is not listed.
+        DamagedCheckpointError: Its index is none, or a shard is missing.
+    """
+    from ..quant.sources.shard_index import INDEX_SUFFIX, read_index
+
+    path = source_checkpoint(name)
+    if not name.endswith(INDEX_SUFFIX):
+        return [path]
+    return [path, *(path.with_name(shard) for shard in sorted(set(read_index(path).values())))]
+
+
 def user_recipes() -> list[str]:
     """List the names of the user's own recipes, ``recipes/<name>.yaml`` in the model folder."""
     return sorted({path.stem for root in _roots() for path in (root / _RECIPES).glob("*.yaml")})

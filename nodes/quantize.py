@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from comfy_api.latest import io, ui
 
 from . import paths
-from .fingerprint import OutputLedger, file_state
-from .recipe_inputs import ADVANCED, FP8_ATTENTION, options_from, recipe_input
+from .fingerprint import FileState, OutputLedger, file_state
+from .recipe_inputs import ADVANCED, FP8_ATTENTION, options_from, recipe_input, recipe_state
 from .schema import CATEGORY, Samples, description
 
 if TYPE_CHECKING:
@@ -37,6 +37,11 @@ def source_input() -> io.Combo.Input:
     )
 
 
+def source_state(checkpoint: str | None) -> list[FileState]:
+    """Return the state of every file of a checkpoint; nothing while it comes through a link."""
+    return [file_state(file) for file in paths.source_files(checkpoint)] if checkpoint else []
+
+
 class Quantize(io.ComfyNode):
     """Quantizes a FLUX checkpoint, one block at a time, and writes it to models/flux_fp4. Embedders
     and the final layer keep their precision. Cancel at any time: the next run goes on after the
@@ -63,9 +68,11 @@ class Quantize(io.ComfyNode):
         return _name_verdict(name)
 
     @classmethod
-    def fingerprint_inputs(cls, checkpoint: str | None, **_options: Any) -> tuple[Any, int]:
-        source = checkpoint and file_state(paths.source_checkpoint(checkpoint))
-        return source, cls.ledger.fingerprint(cls.hidden.unique_id)
+    def fingerprint_inputs(
+        cls, checkpoint: str | None, recipe: str | None, **_options: Any
+    ) -> tuple[Any, ...]:
+        ledger = cls.ledger.fingerprint(cls.hidden.unique_id)
+        return source_state(checkpoint), recipe_state(recipe), ledger
 
     @classmethod
     def execute(
@@ -119,8 +126,8 @@ class QuantizeModel(io.ComfyNode):
         return _name_verdict(name)
 
     @classmethod
-    def fingerprint_inputs(cls, **_inputs: Any) -> int:
-        return cls.ledger.fingerprint(cls.hidden.unique_id)
+    def fingerprint_inputs(cls, recipe: str | None, **_inputs: Any) -> tuple[Any, ...]:
+        return recipe_state(recipe), cls.ledger.fingerprint(cls.hidden.unique_id)
 
     @classmethod
     def execute(

@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..quant.recipe import RECIPES, FormatBudget, QuantizeOptions, Recipe, named_recipe, read_recipe
 from . import paths
+from .fingerprint import FileState, file_state
 
 
 def recipe_input() -> io.Combo.Input:
@@ -108,6 +109,13 @@ def options_from(
         "headroom": headroom,
     }
     return QuantizeOptions(**values)
+
+
+def recipe_state(recipe: str | None) -> FileState:
+    """Return the state of a user's recipe file; None for the pack's own, which do not change."""
+    # None as well while the recipe comes through a link
+    own = recipe is not None and recipe not in RECIPES
+    return file_state(paths.user_recipe(recipe)) if own else None
 
 
 def _with_budget(recipe: Recipe, quality_floor: float, size_limit: float) -> Recipe:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -9,47 +10,85 @@ from typing import TYPE_CHECKING
 from .paths import MANIFEST
 
 if TYPE_CHECKING:
-    from ..quant.quantized_checkpoint import QuantizedCheckpoint
-    from ..trt_runtime.manifest import EngineManifest
+    from collections.abc import Sequence
+
+    from ..quant.quantized_checkpoint import QuantizedCheckpoint, QuantizedMetadata
+    from ..trt_runtime.manifest import EngineManifest, PlanEntry
     from .engine_patcher import EnginePatcher
 
 
+_EXACT_DB = 200.0
+"""What a header says where there is no noise at all, see ``quantized_checkpoint``."""
+
+_FORMATS = {"nvfp4": "NVFP4", "fp8": "FP8", "bf16": "bf16"}
+"""Formats of a Linear as the user reads them."""
+
+
 def quantized_summary(checkpoint: QuantizedCheckpoint) -> str:
-    """Say what a quantized checkpoint is: variant, recipe, sizes, the worst Linear."""
+    """Say what a quantized checkpoint is: variant, recipe, formats, sizes, the worst Linear."""
     metadata = checkpoint.metadata
     size = checkpoint.path.stat().st_size
-    worst = min(metadata.linears, key=lambda linear: linear.output_sqnr_db)
-    mean = fmean(linear.output_sqnr_db for linear in metadata.linears)
-    return "\n".join(
-        (
-            f"{checkpoint.name}: {metadata.variant}, {metadata.recipe}, "
-            f"attention in {'FP8' if metadata.fp8_attention else metadata.high_precision}",
-            f"{_megabytes(metadata.source_bytes)} -> {_megabytes(size)} "
-            f"({metadata.source_bytes / size:.1f}x smaller)",
-            f"output SQNR of {len(metadata.linears)} Linears: {mean:.1f} dB on average, "
-            f"{worst.output_sqnr_db:.1f} dB at worst ({worst.name})",
+    lines = [
+        f"{checkpoint.name}: {metadata.variant}, {metadata.recipe}",
+        f"{format_counts(metadata)}; attention in "
+        f"{'FP8' if metadata.fp8_attention else metadata.high_precision}, modulation in "
+        f"{_FORMATS[metadata.options.modulation]}",
+        f"{_megabytes(metadata.source_bytes)} -> {_megabytes(size)} "
+        f"({size / metadata.source_bytes:.0%})",
+        _linears_in_short(metadata),
+    ]
+    if metadata.velocity_sqnr_db is not None:
+        lines.append(
+            f"{metadata.source_name} predicts the velocity of the calibration pictures at "
+            f"{metadata.velocity_sqnr_db:.1f} dB"
         )
+    return "\n".join(lines)
+
+
+def format_counts(metadata: QuantizedMetadata) -> str:
+    """Count the Linears in plans by format, for example "Linears: 20 in NVFP4, 8 in FP8"."""
+    counts = Counter(linear.format for linear in metadata.linears)
+    present = (f"{counts[key]} in {name}" for key, name in _FORMATS.items() if counts[key])
+    return f"Linears: {', '.join(present)}"
+
+
+def _linears_in_short(metadata: QuantizedMetadata) -> str:
+    # a Linear that stays in bf16 is exact and would only raise the average
+    quantized = [linear for linear in metadata.linears if linear.format != "bf16"]
+    if not quantized:
+        return "no Linear is quantized"
+    worst = min(quantized, key=lambda linear: linear.output_sqnr_db)
+    mean = fmean(linear.output_sqnr_db for linear in quantized)
+    return (
+        f"output SQNR of the quantized Linears: {mean:.1f} dB on average, "
+        f"{worst.output_sqnr_db:.1f} dB at worst ({worst.name})"
     )
 
 
 def engine_summary(name: str, manifest: EngineManifest) -> str:
     """Say what an engine is: target, size, and what the build log proved about its kernels."""
     plans = manifest.blocks
-    gemms = sum(plan.fp4_gemms_found for plan in plans)
-    expected_gemms = sum(plan.fp4_gemms_expected for plan in plans)
-    attention = sum(plan.fp8_mha_found for plan in plans)
-    expected_attention = sum(plan.fp8_mha_expected for plan in plans)
     profile = manifest.profile
     return "\n".join(
         (
             f"{name}: {len(plans)} plans, {_megabytes(manifest.plan_bytes)}, "
             f"{manifest.built_with}, for {', '.join(manifest.targets)}",
-            f"FP4 GEMMs {gemms} of {expected_gemms}, FP8 attention {attention} of "
-            f"{expected_attention}",
+            _kernels(plans),
             f"up to {profile.max_img_tokens} image tokens, {profile.max_txt_tokens} text tokens, "
             f"batch {profile.max_batch}",
         )
     )
+
+
+def _kernels(plans: Sequence[PlanEntry]) -> str:
+    kinds = {"FP4 GEMMs": "fp4_gemms", "FP8 GEMMs": "fp8_gemms", "FP8 attention": "fp8_mha"}
+    texts = []
+    for label, kind in kinds.items():
+        found = sum(getattr(plan, f"{kind}_found") for plan in plans)
+        expected = sum(getattr(plan, f"{kind}_expected") for plan in plans)
+        if expected:
+            texts.append(f"{label} {found} of {expected}")
+    return ", ".join(texts) or "everything in bf16"
 
 
 def model_summary(name: str, patcher: EnginePatcher) -> str:
@@ -74,8 +113,7 @@ def full_report(path: Path) -> str:
     metadata = checkpoint.metadata
     sections = [
         quantized_summary(checkpoint),
-        f"quantized from {metadata.source_name} with {metadata.calibration_samples} calibration "
-        f"samples\ncontent {metadata.content_digest[:16]}, source {metadata.source_digest[:16]}",
+        _origin(metadata),
         _block_table(checkpoint),
         _linear_table(checkpoint),
         *_engine_sections(checkpoint),
@@ -83,21 +121,38 @@ def full_report(path: Path) -> str:
     return "\n\n".join(sections)
 
 
+def _origin(metadata: QuantizedMetadata) -> str:
+    options = metadata.options
+    return "\n".join(
+        (
+            f"quantized from {metadata.source_name} ({metadata.source_layout}) with "
+            f"{metadata.calibration_samples} calibration samples",
+            f"activation scales: percentile {options.percentile:g}, headroom {options.headroom:g}",
+            f"content {metadata.content_digest[:16]}, source {metadata.source_digest[:16]}",
+        )
+    )
+
+
 def _block_table(checkpoint: QuantizedCheckpoint) -> str:
     rows = ["block: SQNR of its update"]
     blocks = checkpoint.metadata.blocks
-    rows += [f"{block.name:<24}{block.update_sqnr_db:8.1f} dB" for block in blocks]
+    rows += [f"{block.name:<24}{decibels(block.update_sqnr_db):>11}" for block in blocks]
     return "\n".join(rows)
 
 
 def _linear_table(checkpoint: QuantizedCheckpoint) -> str:
-    rows = [f"{'Linear':<36}{'weight':>11}{'output':>11}{'input amax':>12}"]
+    rows = [f"{'Linear':<36}{'format':<8}{'weight':>11}{'output':>11}{'input amax':>12}"]
     rows += [
-        f"{linear.name:<36}{linear.weight_sqnr_db:8.1f} dB{linear.output_sqnr_db:8.1f} dB"
-        f"{linear.input_amax:12.4g}"
+        f"{linear.name:<36}{_FORMATS[linear.format]:<8}{decibels(linear.weight_sqnr_db):>11}"
+        f"{decibels(linear.output_sqnr_db):>11}{linear.input_amax:12.4g}"
         for linear in checkpoint.metadata.linears
     ]
     return "\n".join(rows)
+
+
+def decibels(sqnr_db: float) -> str:
+    """Write an SQNR; without any noise it is "exact"."""
+    return "exact" if sqnr_db >= _EXACT_DB else f"{sqnr_db:.1f} dB"
 
 
 def _engine_sections(checkpoint: QuantizedCheckpoint) -> list[str]:

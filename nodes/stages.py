@@ -70,6 +70,13 @@ def export(checkpoint: Path, progress: NodeProgress) -> tuple[Path, ...]:
     return export_blocks(checkpoint, progress)
 
 
+def export_transformer(checkpoint: Path, progress: NodeProgress) -> Path:
+    """Write the whole transformer as one ONNX file beside a quantized checkpoint."""
+    from ..quant.onnx_export import export_transformer
+
+    return export_transformer(checkpoint, progress)
+
+
 def build(
     checkpoint: Path, spec: BuildSpec, workers: int, progress: NodeProgress
 ) -> tuple[Path, EngineManifest]:

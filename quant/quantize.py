@@ -114,9 +114,11 @@ def quantize_checkpoint(
     blocks = source.config.block_names
     with CheckpointWriter(destination, layout, work.job()) as writer:
         for done, name in enumerate(blocks):
+            if name in writer.finished:
+                progress(f"Keeping {name}, finished earlier", done, len(blocks))
+                continue
             progress(f"Quantizing {name}", done, len(blocks))
-            if name not in writer.finished:
-                writer.finish_part(name, _write_block(name, work, layout, writer))
+            writer.finish_part(name, _write_block(name, work, layout, writer))
         progress("Copying high-precision tensors", len(blocks), len(blocks))
         _write_rest(work, layout, writer)
         writer.finish(_metadata(work, writer))

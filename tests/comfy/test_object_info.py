@@ -21,6 +21,7 @@ NODE_IDS = {
     "FluxFP4Inspect",
     "FluxFP4LoadEngine",
     "FluxFP4Quantize",
+    "FluxFP4QuantizeModel",
     "FluxFP4SaveNative",
 }
 

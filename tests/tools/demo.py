@@ -14,9 +14,11 @@ import logging
 import math
 import shutil
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from api_workflow import ApiWorkflow, api_from_ui
@@ -33,6 +35,10 @@ from small_workflow import (
     with_prompt,
     write_calibration_pictures,
 )
+
+if TYPE_CHECKING:
+    from flux_fp4.quant.quantized_checkpoint import QuantizedCheckpoint
+    from flux_fp4.trt_runtime.manifest import EngineManifest
 
 DIGITS = ("two", "three", "six", "eight")
 PROMPTS = tuple(f"a handwritten digit {digit}" for digit in DIGITS)
@@ -158,21 +164,32 @@ def print_tables(folder: Path, original: Sampled, engine: Sampled) -> bool:
         cells = (sampled.seconds.get(name) for sampled in (original, engine))
         print(f"{name:<34}" + "".join(f"{'' if s is None else f'{s:.2f}':>14}" for s in cells))
 
-    print(f"\n{'block':<20}{'FP4 GEMMs':>16}{'FP8 attention':>16}{'SQNR of update':>18}")
-    sqnr_db = {report.name: report.update_sqnr_db for report in checkpoint.metadata.blocks}
-    complete = True
-    for entry in manifest.blocks:
-        fp4 = (entry.fp4_gemms_found, entry.fp4_gemms_expected)
-        fp8 = (entry.fp8_mha_found, entry.fp8_mha_expected)
-        complete &= fp4[0] == fp4[1] and fp8[0] == fp8[1]
-        cells = (f"{found} of {expected}" for found, expected in (fp4, fp8))
-        print(
-            f"{entry.block:<20}{next(cells):>16}{next(cells):>16}{sqnr_db[entry.block]:>15.1f} dB"
-        )
+    formats = Counter(report.format for report in checkpoint.metadata.linears)
+    print(f"\nrecipe {checkpoint.metadata.recipe}, Linears by format: {dict(formats)}")
+    velocity_db = checkpoint.metadata.velocity_sqnr_db
+    print(f"the original predicts the velocity of the calibration pictures at {velocity_db:.1f} dB")
+    complete = print_blocks(checkpoint, manifest)
 
     print(f"\n{'picture':<34}{'PSNR':>14}")
     for text, first, second in zip(PROMPTS, original.pictures, engine.pictures, strict=True):
         print(f"{text:<34}{psnr_db(first, second):>11.1f} dB")
+    return complete
+
+
+def print_blocks(checkpoint: QuantizedCheckpoint, manifest: EngineManifest) -> bool:
+    """Print each block's kernels and quality; return whether every expected kernel was found."""
+    kinds = {"FP4 GEMMs": "fp4_gemms", "FP8 GEMMs": "fp8_gemms", "FP8 attention": "fp8_mha"}
+    print(f"\n{'block':<20}" + "".join(f"{kind:>15}" for kind in kinds) + f"{'SQNR of update':>17}")
+    sqnr_db = {report.name: report.update_sqnr_db for report in checkpoint.metadata.blocks}
+    complete = True
+    for entry in manifest.blocks:
+        counts = [
+            (getattr(entry, f"{kind}_found"), getattr(entry, f"{kind}_expected"))
+            for kind in kinds.values()
+        ]
+        complete &= all(found == expected for found, expected in counts)
+        cells = "".join(f"{f'{found} of {expected}':>15}" for found, expected in counts)
+        print(f"{entry.block:<20}{cells}{sqnr_db[entry.block]:>14.1f} dB")
     return complete
 
 
