@@ -32,6 +32,8 @@ PLACES = {
     ("FluxFP4LoadEngine", "engine"): "models/flux_fp4/{}/manifest.json",
     ("FluxFP4Quantize", "checkpoint"): "models/diffusion_models/{}",
     ("LoadImage", "image"): "input/{}",
+    ("LoraLoaderModelOnly", "lora_name"): "models/loras/{}",
+    ("UNETLoader", "unet_name"): "models/diffusion_models/{}",
     ("VAELoader", "vae_name"): "models/vae/{}",
 }
 

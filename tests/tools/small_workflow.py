@@ -8,12 +8,14 @@ from pathlib import Path
 
 from api_workflow import ApiWorkflow, nodes_of_type, the_node
 from PIL import Image
+from small_lora import LORA
 from small_model_files import DIFFUSION_MODEL, TEXT_ENCODER, VAE
 
 PICTURE_SIZE = 64
 """Pixels; the size of the small model's training pictures."""
 CALIBRATION_PICTURES = "calibration.png"
 QUANTIZED_NAME = "small_flux-nvfp4"
+MERGED_NAME = "small_flux-lora-nvfp4"
 
 # node type -> inputs that must name the small model's files or fit its size
 _CHANGES: dict[str, dict[str, object]] = {
@@ -21,7 +23,9 @@ _CHANGES: dict[str, dict[str, object]] = {
     "EmptySD3LatentImage": {"width": PICTURE_SIZE, "height": PICTURE_SIZE, "batch_size": 1},
     "FluxFP4EngineFromCheckpoint": {"checkpoint": DIFFUSION_MODEL},
     "FluxFP4Quantize": {"checkpoint": DIFFUSION_MODEL, "name": QUANTIZED_NAME},
+    "FluxFP4QuantizeModel": {"name": MERGED_NAME},
     "LoadImage": {"image": CALIBRATION_PICTURES},
+    "LoraLoaderModelOnly": {"lora_name": LORA},
     "UNETLoader": {"unet_name": DIFFUSION_MODEL},
     "VAELoader": {"vae_name": VAE},
 }
@@ -67,13 +71,17 @@ def with_prompt(workflow: ApiWorkflow, text: str, seed: int) -> ApiWorkflow:
 
 
 def with_original_model(workflow: ApiWorkflow) -> ApiWorkflow:
-    """Return a copy that samples the unquantized checkpoint through ComfyUI's own loader."""
+    """Return a copy that samples what was quantized: the checkpoint, or the MODEL with its LoRA."""
     result = copy.deepcopy(workflow)
     engine = the_node(result, "FluxFP4LoadEngine")
-    result[engine] = {
-        "class_type": "UNETLoader",
-        "inputs": {"unet_name": DIFFUSION_MODEL, "weight_dtype": "default"},
-    }
+    if merging := nodes_of_type(result, "FluxFP4QuantizeModel"):
+        model = result[merging[0]]["inputs"]["model"]
+        _replace_links(result, [engine, 0], model)
+    else:
+        result[engine] = {
+            "class_type": "UNETLoader",
+            "inputs": {"unet_name": DIFFUSION_MODEL, "weight_dtype": "default"},
+        }
     kept = set(_ancestors(result, the_node(result, "SaveImage")))
     return {key: node for key, node in result.items() if key in kept}
 
@@ -91,6 +99,13 @@ def _ancestors(workflow: ApiWorkflow, node_id: str, stop: str = "\0") -> Iterato
         waiting += [link[0] for link in links]
 
 
+def _replace_links(workflow: ApiWorkflow, old: list[object], new: list[object]) -> None:
+    for node in workflow.values():
+        for name, value in node["inputs"].items():
+            if value == old:
+                node["inputs"][name] = new
+
+
 def _is_link(value: object) -> bool:
     return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)
 
@@ -105,5 +120,6 @@ def stage_seconds(workflow: ApiWorkflow, node_seconds: dict[str, float]) -> dict
 
 
 def has_full_pipeline(workflow: ApiWorkflow) -> bool:
-    """Return whether a workflow starts from a checkpoint rather than from an engine."""
-    return bool(nodes_of_type(workflow, "FluxFP4Quantize"))
+    """Return whether a workflow quantizes rather than starts from an engine."""
+    types = ("FluxFP4Quantize", "FluxFP4QuantizeModel")
+    return any(nodes_of_type(workflow, class_type) for class_type in types)

@@ -15,6 +15,7 @@ from comfy_server import ComfyServer
 from demo import picture
 from pack_import import ROOT
 from PIL import Image
+from small_lora import write_small_lora
 from small_model_files import link_models
 from small_workflow import (
     QUANTIZED_NAME,
@@ -27,8 +28,12 @@ from small_workflow import (
 SIDE = 256
 """Pixels of one picture in the thumbnail."""
 SEED = 7
-DIGITS = {True: ("two", "three", "six", "eight"), False: ("zero", "four", "five", "seven")}
-"""Whether the workflow starts from a checkpoint -> what its thumbnail shows."""
+DIGITS = {
+    "flux_fp4_full_pipeline": ("two", "three", "six", "eight"),
+    "flux_fp4_load_engine": ("zero", "four", "five", "seven"),
+    "flux_fp4_merge_lora": ("three", "nine", "zero", "two"),
+}
+"""What the thumbnail of each workflow shows."""
 
 
 def main() -> None:
@@ -40,16 +45,16 @@ def main() -> None:
         link_models(base)
         with ComfyServer(arguments.comfyui, base, ROOT) as server:
             write_calibration_pictures(base / "input")
+            write_small_lora(base / "models" / "loras")
             object_info = server.client.object_info()
             workflows = {
                 path: api_from_ui(json.loads(path.read_text()), object_info)
                 for path in (ROOT / "workflows").glob("*.json")
             }
-            # the workflow that builds the engine comes first, the others load it
+            # workflows that build an engine come first, the others load one
             for path in sorted(workflows, key=lambda p: not has_full_pipeline(workflows[p])):
                 workflow = workflows[path]
-                digits = DIGITS[has_full_pipeline(workflow)]
-                runs = [_for_digit(workflow, digit) for digit in digits]
+                runs = [_for_digit(workflow, digit) for digit in DIGITS[path.stem]]
                 pictures = [picture(server.client, server.client.run(run, 600)) for run in runs]
                 _thumbnail(pictures).save(path.with_suffix(".jpg"), quality=90)
                 print(path.with_suffix(".jpg"))
