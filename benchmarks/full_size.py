@@ -104,10 +104,10 @@ def _memory(process: str) -> tuple[int, int]:
     return int(sizes.get("RssAnon", 0)) << 10, int(sizes.get("VmRSS", 0)) << 10
 
 
-def write_source(path: Path) -> None:
+def write_source(path: Path, config: FluxConfig = FLUX1_DEV) -> None:
     """Write distinct random weights, one tensor in memory at a time."""
     header, end = {}, 0
-    shapes = tensor_shapes(FLUX1_DEV)
+    shapes = tensor_shapes(config)
     for name, shape in shapes.items():
         size = 2 * torch.Size(shape).numel()
         header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [end, end + size]}

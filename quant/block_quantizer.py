@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -48,6 +47,7 @@ def quantize_block(
     options: QuantizeOptions,
     formats: Mapping[str, Format],
     head_dim: int,
+    heartbeat: Callable[[], None],
 ) -> QuantizedBlock:
     """Quantize a block.
 
@@ -60,14 +60,16 @@ def quantize_block(
         options: The recipe.
         formats: By Linear.
         head_dim: Width of an attention head.
+        heartbeat: Called at least once per Linear; may raise to cancel.
 
     Returns:
         The quantized tensors with their report.
     """
-    smoothing = smoothing_scales(weights, statistics.linears, options.recipe, formats)
+    smoothing = smoothing_scales(weights, statistics.linears, options.recipe, formats, heartbeat)
     tensors: dict[str, Tensor] = {}
     reports = []
     for linear in formats:
+        heartbeat()
         full_name, seen = f"{name}.{linear}", statistics.linears[linear]
         parts = quantize_linear(
             full_name,
@@ -140,8 +142,7 @@ def linear_sqnr_db(
         for part, tensor in parts.items()
     }
     bias = None if module.bias is None else module.bias.detach()[outputs].float()
-    holder = SimpleNamespace(get_submodule=lambda _: SimpleNamespace(bias=bias))
-    emulated = emulated_linear("linear", sliced, holder)  # type: ignore[arg-type]
+    emulated = emulated_linear("linear", sliced, bias)
     x = statistics.rows.to(weight)
     output_db = sqnr_db(functional.linear(x, weight, bias), emulated(x))
     return sqnr_db(weight, emulated.effective_weight()), output_db

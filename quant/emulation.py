@@ -26,7 +26,7 @@ class EmulatedLinear(nn.Module):
     """A Linear whose weight and input are rounded as stored, multiplied in the input's dtype.
 
     Attributes:
-        weight: fp32 ``[N, K]``: what the stored codes stand for.
+        weight: ``[N, K]``: what the stored codes stand for, in the type to multiply in.
         bias: ``[N]`` or None.
         quantize_input: Rounds ``[..., K]``; None where the input stays in high precision.
         pre_quant_scale: ``[K]`` by which the input is multiplied first, or None.
@@ -60,7 +60,7 @@ class EmulatedLinear(nn.Module):
 
     def effective_weight(self) -> Tensor:
         """Return fp32 ``[N, K]``: what acts on the input, but for the input's rounding."""
-        weight = self.weight
+        weight = self.weight.float()
         if self.branch is not None:
             down, up = self.branch
             weight = weight + up.float() @ down.float()
@@ -122,7 +122,9 @@ def emulated_block(
     for name in tensors:
         if name.endswith(".input_scale"):
             linear = name.removesuffix(".input_scale")
-            emulated.set_submodule(linear, emulated_linear(linear, tensors, block))
+            module: nn.Linear = block.get_submodule(linear)  # type: ignore[assignment]
+            twin = emulated_linear(linear, tensors, module.bias, module.weight.dtype)
+            emulated.set_submodule(linear, twin)
     scales = {
         name: tensors[f"attention.{name}"]
         for name in ("q_scale", "k_scale", "v_scale")
@@ -133,40 +135,45 @@ def emulated_block(
     return emulated
 
 
-def emulated_linear(linear: str, tensors: Mapping[str, Tensor], block: nn.Module) -> EmulatedLinear:
+def emulated_linear(
+    linear: str,
+    tensors: Mapping[str, Tensor],
+    bias: Tensor | None,
+    dtype: torch.dtype = torch.float32,
+) -> EmulatedLinear:
     """Make the emulation of one Linear of a block from its stored tensors.
 
     Args:
         linear: Name relative to the block.
         tensors: Tensors by name relative to the block; the weight's dtype tells the format: uint8
             is NVFP4, float8_e4m3fn is FP8, anything else is high precision.
-        block: Where the bias is taken from.
+        bias: ``[N]`` or None.
+        dtype: What to keep the dequantized weight in.
     """
     weight = tensors[f"{linear}.weight"]
-    bias: Tensor | None = block.get_submodule(linear).bias  # type: ignore[assignment]
     if weight.dtype == torch.uint8:
-        return _emulated_nvfp4(linear, tensors, bias)
+        return _emulated_nvfp4(linear, tensors, bias, dtype)
     if weight.dtype == torch.float8_e4m3fn:
         stored = FP8Weight(weight, tensors[f"{linear}.weight_scale"])
         quantize = partial(fake_quantize_fp8, scale=tensors[f"{linear}.input_scale"])
-        return EmulatedLinear(stored.dequantize(), bias, quantize)
-    return EmulatedLinear(weight.float(), bias)
+        return EmulatedLinear(stored.dequantize().to(dtype), bias, quantize)
+    return EmulatedLinear(weight.to(dtype), bias)
 
 
 def _emulated_nvfp4(
-    linear: str, tensors: Mapping[str, Tensor], bias: Tensor | None
+    linear: str, tensors: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype
 ) -> EmulatedLinear:
     weight = NVFP4Weight(
         tensors[f"{linear}.weight"],
         tensors[f"{linear}.weight_scale"],
         tensors[f"{linear}.weight_scale_2"],
-    )
+    ).dequantize()
     quantize = partial(fake_quantize_activation, global_scale=tensors[f"{linear}.input_scale"])
     branch = None
     if f"{linear}.svd_down" in tensors:
         branch = (tensors[f"{linear}.svd_down"], tensors[f"{linear}.svd_up"])
     smoothing = tensors.get(f"{linear}.pre_quant_scale")
-    return EmulatedLinear(weight.dequantize(), bias, quantize, smoothing, branch)
+    return EmulatedLinear(weight.to(dtype), bias, quantize, smoothing, branch)
 
 
 def _copy_tree(module: _Module) -> _Module:

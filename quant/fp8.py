@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from .nvfp4 import E4M3_MAX, check_source_dtype, finite_amax
-
-_ROWS_PER_CHUNK = 64
+from .row_parallel import for_row_chunks
 
 
 @dataclass(frozen=True)
@@ -50,12 +49,14 @@ def quantize_weight_fp8(weight: Tensor, linear: str) -> FP8Weight:
     finite_amax(weight, f"The weight of '{linear}'")
     values = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
     scale = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
-    for start in range(0, len(weight), _ROWS_PER_CHUNK):
-        chunk = slice(start, start + _ROWS_PER_CHUNK)
+
+    def quantize(chunk: slice) -> None:
         rows = weight[chunk].float()
         step = rows.abs().amax(-1) / E4M3_MAX
         step = torch.where(step == 0, torch.ones_like(step), step)
         # amax / (amax / 448) can round to just above 448, which E4M3 would turn into NaN
         values[chunk] = (rows / step[:, None]).clamp_(-E4M3_MAX, E4M3_MAX).to(values.dtype)
         scale[chunk] = step
+
+    for_row_chunks(quantize, len(weight), weight.device)
     return FP8Weight(values, scale)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -25,6 +25,7 @@ def smoothing_scales(
     statistics: Mapping[str, LinearStatistics],
     recipe: Recipe,
     formats: Mapping[str, Format],
+    heartbeat: Callable[[], None],
 ) -> dict[str, Tensor]:
     """Return the ``pre_quant_scale`` of every NVFP4 Linear of a block that the recipe smooths.
 
@@ -33,6 +34,7 @@ def smoothing_scales(
         statistics: By Linear; their rows are what errors are measured on.
         recipe: Says whether there is smoothing at all.
         formats: By Linear.
+        heartbeat: Called many times; may raise to cancel.
 
     Returns:
         bf16 ``[K]`` by Linear; empty without smoothing. bf16 because the plan multiplies in it.
@@ -46,7 +48,8 @@ def smoothing_scales(
     }
     if not linears:
         return {}
-    return {linear: scale.bfloat16() for linear, scale in awq_pre_quant_scale(linears).items()}
+    scales = awq_pre_quant_scale(linears, heartbeat=heartbeat)
+    return {linear: scale.bfloat16() for linear, scale in scales.items()}
 
 
 def quantize_linear(

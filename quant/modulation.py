@@ -32,8 +32,7 @@ def modulation_layout(
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Return dtype and shape of the tensors that ``stored_modulation`` makes of a weight."""
     linear = name.removesuffix(".weight")
-    marker_bytes = len(native_marker(_COMFY_FORMATS[storage]))
-    marker = {f"{linear}.comfy_quant": (torch.uint8, (marker_bytes,))}
+    marker = {f"{linear}.comfy_quant": (torch.uint8, tuple(_marker(storage).shape))}
     if storage == "fp8":
         scale = {f"{linear}.weight_scale": (torch.float32, ())}
         return {name: (torch.float8_e4m3fn, shape), **scale, **marker}
@@ -61,7 +60,7 @@ def stored_modulation(name: str, weight: Tensor, storage: Format) -> dict[str, T
         NotFiniteError: The weight holds NaN or infinity.
     """
     linear = name.removesuffix(".weight")
-    marker = {f"{linear}.comfy_quant": native_marker(_COMFY_FORMATS[storage])}
+    marker = {f"{linear}.comfy_quant": _marker(storage)}
     if storage == "fp8":
         scale = weight.abs().amax().float().clamp(min=torch.finfo(torch.float32).tiny) / E4M3_MAX
         values = (weight.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
@@ -73,3 +72,8 @@ def stored_modulation(name: str, weight: Tensor, storage: Format) -> dict[str, T
         f"{linear}.weight_scale_2": native.global_scale,
         **marker,
     }
+
+
+def _marker(storage: Format) -> Tensor:
+    # the input is one vector: rounding it would cost precision and win no time
+    return native_marker(_COMFY_FORMATS[storage], full_precision=True)

@@ -92,14 +92,19 @@ def from_native(native: NativeNVFP4Weight, rows: int) -> NVFP4Weight:
     )
 
 
-def native_marker(quant_format: str) -> Tensor:
+def native_marker(quant_format: str, *, full_precision: bool = False) -> Tensor:
     """Return the ``<linear>.comfy_quant`` tensor: uint8, JSON that names the format.
 
     Args:
         quant_format: A key of ComfyUI 0.30's ``quant_ops.QUANT_ALGOS``: ``nvfp4`` or
             ``float8_e4m3fn``.
+        full_precision: Whether ComfyUI must multiply in high precision and leave the input as it
+            is, even where the GPU could multiply in the format.
     """
-    return torch.tensor(list(json.dumps({"format": quant_format}).encode()), dtype=torch.uint8)
+    config: dict[str, object] = {"format": quant_format}
+    if full_precision:
+        config["full_precision_matrix_mult"] = True
+    return torch.tensor(list(json.dumps(config).encode()), dtype=torch.uint8)
 
 
 def _swap_nibbles(packed: Tensor) -> Tensor:

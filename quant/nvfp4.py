@@ -24,6 +24,7 @@ from .nvfp4_scales import (
     largest_value_scale,
     least_error_scale,
 )
+from .row_parallel import for_row_chunks
 
 __all__ = [
     "E2M1_MAX",
@@ -42,7 +43,6 @@ Search = Literal["max", "four-over-six", "mse"]
 """How block scales are chosen: from the largest value of the block, from the better of two, or the
 best of all."""
 
-_ROWS_PER_CHUNK = 64
 _SOURCE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -62,9 +62,16 @@ class NVFP4Weight:
 
     def dequantize(self) -> Tensor:
         """Return the fp32 ``[N, K]`` weight that the codes stand for."""
-        values = decode_packed(self.packed).unflatten(-1, (-1, NVFP4_BLOCK))
-        scale = self.block_scale.float() * self.global_scale
-        return values.mul_(scale[..., None]).flatten(-2)
+        rows, half_columns = self.packed.shape
+        weight = torch.empty(rows, 2 * half_columns, device=self.packed.device)
+
+        def dequantize(chunk: slice) -> None:
+            values = decode_packed(self.packed[chunk]).unflatten(-1, (-1, NVFP4_BLOCK))
+            scale = self.block_scale[chunk].float() * self.global_scale
+            weight[chunk] = values.mul_(scale[..., None]).flatten(-2)
+
+        for_row_chunks(dequantize, rows, weight.device)
+        return weight
 
 
 def quantize_weight(
@@ -101,8 +108,8 @@ def quantize_weight(
     block_scale = torch.empty(
         rows, columns // NVFP4_BLOCK, dtype=torch.float8_e4m3fn, device=weight.device
     )
-    for start in range(0, rows, _ROWS_PER_CHUNK):
-        chunk = slice(start, start + _ROWS_PER_CHUNK)
+
+    def quantize(chunk: slice) -> None:
         values = weight[chunk].float()
         magnitude = values.abs()
         if search == "max":
@@ -115,6 +122,8 @@ def quantize_weight(
         scaled = values.unflatten(-1, (-1, NVFP4_BLOCK)) / step[..., None]
         packed[chunk] = pack_codes(encode_e2m1(scaled.flatten(-2)))
         block_scale[chunk] = scale
+
+    for_row_chunks(quantize, rows, weight.device)
     return NVFP4Weight(packed, block_scale, global_scale)
 
 
@@ -122,13 +131,15 @@ def fake_quantize_weight(weight: Tensor) -> Tensor:
     """Return what ``quantize_weight`` with ``max`` and ``dequantize`` make of an fp32 weight."""
     global_scale = global_scale_from_amax(weight.abs().amax())
     quantized = torch.empty_like(weight)
-    for start in range(0, len(weight), _ROWS_PER_CHUNK):
-        chunk = slice(start, start + _ROWS_PER_CHUNK)
+
+    def quantize(chunk: slice) -> None:
         magnitude = weight[chunk].abs()
         scale = largest_value_scale(magnitude, global_scale).float() * global_scale
         blocks, step = magnitude.unflatten(-1, (-1, NVFP4_BLOCK)), scale[..., None]
         rounded = round_to_e2m1(blocks / step).mul_(step).flatten(-2)
-        torch.copysign(rounded, weight[chunk], out=quantized[chunk])
+        quantized[chunk] = torch.copysign(rounded, weight[chunk])
+
+    for_row_chunks(quantize, len(weight), weight.device)
     return quantized
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -117,8 +118,9 @@ def quantize_checkpoint(
             if name in writer.finished:
                 progress(f"Keeping {name}, finished earlier", done, len(blocks))
                 continue
-            progress(f"Quantizing {name}", done, len(blocks))
-            writer.finish_part(name, _write_block(name, work, layout, writer))
+            heartbeat = partial(progress, f"Quantizing {name}", done, len(blocks))
+            heartbeat()
+            writer.finish_part(name, _write_block(name, work, layout, writer, heartbeat))
         progress("Copying high-precision tensors", len(blocks), len(blocks))
         _write_rest(work, layout, writer)
         writer.finish(_metadata(work, writer))
@@ -128,7 +130,11 @@ def quantize_checkpoint(
 
 
 def _write_block(
-    name: str, work: _Work, layout: Layout, writer: CheckpointWriter
+    name: str,
+    work: _Work,
+    layout: Layout,
+    writer: CheckpointWriter,
+    heartbeat: Callable[[], None],
 ) -> dict[str, object]:
     source = work.source
     tensors = source.submodule(name, work.device)
@@ -142,6 +148,7 @@ def _write_block(
         work.options,
         {linear: work.formats[f"{name}.{linear}"] for linear in linears},
         source.config.head_dim,
+        heartbeat,
     )
     for part, tensor in quantized.tensors.items():
         writer.add(f"{name}.{part}", tensor)

@@ -21,6 +21,11 @@ def layer() -> nn.Module:
     return nn.ModuleDict({"linear": nn.Linear(COLUMNS, ROWS)})
 
 
+def bias_of(module: nn.Module) -> Tensor | None:
+    bias: Tensor | None = module.get_submodule("linear").bias  # type: ignore[assignment]
+    return bias
+
+
 def tensors_of(kind: str, module: nn.Module) -> dict[str, Tensor]:
     weight = module.get_submodule("linear").weight.detach()
     return {f"linear.{part}": tensor for part, tensor in stored_linear(kind, weight).items()}
@@ -29,7 +34,9 @@ def tensors_of(kind: str, module: nn.Module) -> dict[str, Tensor]:
 @pytest.mark.parametrize("kind", FORMATS)
 def test_every_format_approximates_the_linear(kind: str) -> None:
     module = layer()
-    emulated = emulated_linear("linear", tensors_of(kind, module), module)
+    emulated = emulated_linear(
+        "linear", tensors_of(kind, module), module.get_submodule("linear").bias
+    )
     x = torch.randn(2, 9, COLUMNS, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         db = sqnr_db(module.get_submodule("linear")(x), emulated(x))
@@ -45,7 +52,10 @@ def test_fp8_is_a_product_of_e4m3_values() -> None:
     product = codes.double() @ tensors["linear.weight"].double().T
     scale = tensors["linear.weight_scale"].double() * INPUT_AMAX / 448
     expected = product * scale + module.get_submodule("linear").bias.double()
-    db = sqnr_db(expected, emulated_linear("linear", tensors, module)(x).double())
+    db = sqnr_db(
+        expected,
+        emulated_linear("linear", tensors, bias_of(module))(x).double(),
+    )
     assert db >= 120, f"{db:.1f} dB"
 
 
@@ -53,9 +63,9 @@ def test_branch_reads_the_multiplied_input_before_it_is_rounded() -> None:
     module = layer()
     tensors = tensors_of("nvfp4-svdquant", module)
     x = torch.randn(9, COLUMNS, generator=torch.Generator().manual_seed(1))
-    whole = emulated_linear("linear", tensors, module)(x)
+    whole = emulated_linear("linear", tensors, bias_of(module))(x)
     only_codes = {name: t for name, t in tensors.items() if "svd" not in name}
-    branch = whole - emulated_linear("linear", only_codes, module)(x)
+    branch = whole - emulated_linear("linear", only_codes, bias_of(module))(x)
     smooth = x * tensors["linear.pre_quant_scale"].float()
     low_rank = smooth @ tensors["linear.svd_down"].float().T @ tensors["linear.svd_up"].float().T
     db = sqnr_db(low_rank, branch)
@@ -65,7 +75,9 @@ def test_branch_reads_the_multiplied_input_before_it_is_rounded() -> None:
 @pytest.mark.parametrize("kind", FORMATS)
 def test_effective_weight_is_the_map_without_input_rounding(kind: str) -> None:
     module = layer()
-    emulated = emulated_linear("linear", tensors_of(kind, module), module)
+    emulated = emulated_linear(
+        "linear", tensors_of(kind, module), module.get_submodule("linear").bias
+    )
     emulated.quantize_input = None
     x = torch.randn(9, COLUMNS, generator=torch.Generator().manual_seed(1))
     expected = functional.linear(x, emulated.effective_weight(), emulated.bias)

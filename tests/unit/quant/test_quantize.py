@@ -168,13 +168,25 @@ class CancelAfter:
         self.phases.append(phase)
 
 
+class CancelAt(CancelAfter):
+    """Interrupts when a phase begins."""
+
+    def __init__(self, phase: str) -> None:
+        super().__init__(0)
+        self.phase = phase
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        if phase == self.phase:
+            raise Cancelled
+        super().__call__(phase, done, total)
+
+
 def test_cancelled_anywhere_it_goes_on_and_ends_in_the_same_bytes(
     source: Path, quantized: QuantizedCheckpoint, tmp_path: Path
 ) -> None:
     destination, statistics = tmp_path / "q" / "q.safetensors", tmp_path / "statistics"
     destination.parent.mkdir()
     destination.write_bytes(b"old")
-    finished: set[str] = set()
     for _ in range(100):
         # three calls further each time; a run that began anew would never come to its end
         progress = CancelAfter(4 * len(random_samples().samples))
@@ -184,11 +196,14 @@ def test_cancelled_anywhere_it_goes_on_and_ends_in_the_same_bytes(
         assert visible(destination.parent) == ["q.safetensors"]
         if any(phase.startswith("Quantizing") for phase in progress.phases):
             break
-    for block in range(1, len(TINY.block_names)):
-        progress = CancelAfter(block + 2)
+    for block in TINY.block_names[1:]:
+        progress = CancelAt(f"Quantizing {block}")
         with pytest.raises(Cancelled):
             quantize(source, destination, progress=progress, statistics=statistics)
-        finished |= set(progress.phases)
+        assert (
+            f"Quantizing {TINY.block_names[0]}" not in progress.phases
+            or block == TINY.block_names[1]
+        )
     result = quantize(source, destination, statistics=statistics)
     assert result.path.read_bytes() == quantized.path.read_bytes()
     assert visible(destination.parent) == ["q.safetensors"]
@@ -228,7 +243,12 @@ def test_damaged_part_of_an_unfinished_file_is_made_again(
     destination, statistics = tmp_path / "q.safetensors", tmp_path / "statistics"
     quantize(source, tmp_path / "other.safetensors", statistics=statistics)
     with pytest.raises(Cancelled):
-        quantize(source, destination, progress=CancelAfter(4), statistics=statistics)
+        quantize(
+            source,
+            destination,
+            progress=CancelAt(f"Quantizing {TINY.block_names[1]}"),
+            statistics=statistics,
+        )
     partial = tmp_path / ".q.partial"
     content = bytearray(partial.read_bytes())
     spoiled = quantized.tensors[f"{TINY.block_names[0]}.img_attn.qkv.weight"]
@@ -243,7 +263,12 @@ def test_other_options_do_not_take_up_unfinished_work(source: Path, tmp_path: Pa
     destination, statistics = tmp_path / "q.safetensors", tmp_path / "statistics"
     quantize(source, tmp_path / "other.safetensors", statistics=statistics)
     with pytest.raises(Cancelled):
-        quantize(source, destination, progress=CancelAfter(3), statistics=statistics)
+        quantize(
+            source,
+            destination,
+            progress=CancelAt(f"Quantizing {TINY.block_names[1]}"),
+            statistics=statistics,
+        )
     assert (tmp_path / ".q.partial").is_file()
     options = QuantizeOptions(headroom=2.0)
     result = quantize(source, destination, options, statistics=statistics)
