@@ -2,7 +2,7 @@
 
     python benchmarks/full_size.py FOLDER source              the checkpoint, 23.8 GB
     python benchmarks/full_size.py FOLDER calibrate           statistics of a few small samples
-    python benchmarks/full_size.py FOLDER quantize RECIPE     from those statistics
+    python benchmarks/full_size.py FOLDER quantize RECIPE [--modulation nvfp4]
     python benchmarks/full_size.py FOLDER export RECIPE
     python benchmarks/full_size.py FOLDER build RECIPE
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import struct
 import sys
 import threading
@@ -135,10 +136,11 @@ def samples():
     return rectified_flow_samples(latents, [Conditioning(context, pooled, 3.5)], 1, seed=0)
 
 
-def run(folder: Path, stage: str, recipe: str | None) -> None:
+def run(folder: Path, stage: str, recipe: str, modulation: str) -> None:
     """Run one stage."""
     source_path = folder / "source.safetensors"
-    checkpoint = folder / f"{recipe}" / f"{recipe}.safetensors"
+    name = recipe if modulation == "bf16" else f"{recipe}-{modulation}-modulation"
+    checkpoint = folder / name / f"{name}.safetensors"
     if stage == "source":
         write_source(source_path)
     elif stage == "calibrate":
@@ -146,7 +148,7 @@ def run(folder: Path, stage: str, recipe: str | None) -> None:
         statistics = StatisticsFolder(folder / "statistics", source.digest(), calibration.digest())
         collect_statistics(source, calibration, statistics, show, "cpu", compute_dtype("cpu"))
     elif stage == "quantize":
-        options = QuantizeOptions(recipe=named_recipe(str(recipe)))
+        options = QuantizeOptions(recipe=named_recipe(recipe), modulation=modulation)
         source = open_source(source_path)
         quantize_checkpoint(source, checkpoint, samples(), options, folder / "statistics", show)
     elif stage == "export":
@@ -165,17 +167,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("stage", choices=["source", "calibrate", "quantize", "export", "build"])
-    parser.add_argument("recipe", nargs="?")
+    parser.add_argument("recipe", nargs="?", default="")
+    parser.add_argument("--modulation", default="bf16")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     with MemoryMeter() as meter:
         started = time.monotonic()
-        run(arguments.folder, arguments.stage, arguments.recipe)
+        run(arguments.folder, arguments.stage, arguments.recipe, arguments.modulation)
         seconds = time.monotonic() - started
     row = {
         "stage": arguments.stage,
         "recipe": arguments.recipe,
+        "modulation": arguments.modulation,
         "seconds": round(seconds, 1),
+        "cpu_seconds": round(sum(os.times()[:4]), 1),
         "peak_resident_gb": round(meter.peak_resident / 1e9, 2),
         "peak_anonymous_gb": round(meter.peak_anonymous / 1e9, 2),
         "peak_worker_gb": round(meter.peak_child / 1e9, 2),

@@ -16,6 +16,7 @@ import logging
 import os
 import shutil
 import struct
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -26,7 +27,7 @@ from blake3 import blake3
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from .errors import CheckpointBusyError, DiskFullError
+from .errors import CheckpointBusyError, DiskFullError, FolderNotWritableError
 from .journal import Journal
 from .quantized_checkpoint import METADATA_KEY, QuantizedMetadata
 
@@ -127,9 +128,15 @@ class CheckpointWriter:
         """Refuse to begin what the disk cannot hold.
 
         Raises:
+            FolderNotWritableError: No file can be made in the folder.
             DiskFullError: It has less room than the file needs.
         """
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self._path.parent):
+                pass
+        except OSError as error:
+            raise FolderNotWritableError(self._path.parent.name, str(error)) from error
         free = shutil.disk_usage(self._path.parent).free
         if free < self._total_bytes:
             raise DiskFullError(self._path.name, self._total_bytes, free)

@@ -189,6 +189,22 @@ class DiskFullError(QuantError):
         )
 
 
+class FolderNotWritableError(QuantError):
+    """No file can be made in the folder of a quantized checkpoint.
+
+    Attributes:
+        folder: Name of the folder.
+        reason: What the system says.
+    """
+
+    def __init__(self, folder: str, reason: str) -> None:
+        self.folder, self.reason = folder, reason
+        super().__init__(
+            f"The folder '{folder}' cannot be written to: {reason}. Nothing was changed; allow "
+            "ComfyUI to write there, or add another 'flux_fp4' folder to extra_model_paths.yaml."
+        )
+
+
 class CheckpointBusyError(QuantError):
     """Another process is writing the same quantized checkpoint.
 

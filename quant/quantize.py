@@ -18,7 +18,7 @@ from .block_quantizer import quantize_block
 from .calibration import CalibrationSet
 from .checkpoint_layout import Layout, checkpoint_layout, is_stored_quantized
 from .checkpoint_writer import CheckpointWriter
-from .errors import NoiseCheckpointError, NotFiniteError
+from .errors import NoiseCheckpointError
 from .flux.config import block_linears
 from .modulation import stored_modulation
 from .progress import Progress
@@ -31,7 +31,13 @@ from .quantized_checkpoint import (
 )
 from .recipe import Format, QuantizeOptions
 from .sources.source import FluxSource
-from .stack import block_statistics, block_with_weights, collect_statistics, compute_dtype
+from .stack import (
+    block_statistics,
+    block_with_weights,
+    check_finite,
+    collect_statistics,
+    compute_dtype,
+)
 from .statistics_files import StatisticsFolder
 
 logger = logging.getLogger(__name__)
@@ -97,6 +103,7 @@ def quantize_checkpoint(
         NotFiniteError: A weight or an activation is not finite.
         NoiseCheckpointError: Weights stored in NVFP4 decode to noise.
         FormatBudgetError: The budget of ``auto`` cannot be kept.
+        FolderNotWritableError: No file can be made beside ``destination``.
         DiskFullError: The disk cannot hold the result.
         CheckpointBusyError: Another process is writing the same checkpoint.
     """
@@ -171,9 +178,8 @@ def _write_rest(work: _Work, layout: Layout, writer: CheckpointWriter) -> None:
 def _write_kept(
     tensors: Mapping[str, Tensor], work: _Work, layout: Layout, writer: CheckpointWriter
 ) -> None:
+    check_finite(tensors)
     for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise NotFiniteError(f"'{name}'", "The checkpoint is damaged; get it anew.")
         if is_stored_quantized(name, work.options):
             for part, stored in stored_modulation(name, tensor, work.options.modulation).items():
                 writer.add(part, stored)

@@ -20,6 +20,7 @@ from .flux.blocks import (
 )
 from .flux.config import FluxConfig, block_linears
 from .flux.model import Embedders, LastLayer
+from .nvfp4 import finite_amax
 from .progress import Progress
 from .sqnr import SQNR
 from .statistics import BlockObserver, BlockStatistics, probe_states
@@ -38,6 +39,16 @@ def compute_dtype(device: str) -> torch.dtype:
     if device != "cpu" or torch.cpu._is_amx_tile_supported():
         return torch.bfloat16
     return torch.float32
+
+
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Name the first of a checkpoint's tensors that holds NaN or infinity.
+
+    Raises:
+        NotFiniteError: There is one.
+    """
+    for name, tensor in tensors.items():
+        finite_amax(tensor, f"'{name}'")
 
 
 def block_with_weights(
@@ -117,6 +128,7 @@ def collect_statistics(
     states = embed(source, calibration, device, dtype)
     for done, name in enumerate(blocks):
         tensors = source.submodule(name, device)
+        check_finite({f"{name}.{part}": tensor for part, tensor in tensors.items()})
         block = block_with_weights(name, source.config, tensors, dtype)
         statistics = folder.read(name)
         phase = f"Calibrating {name}" if statistics is None else f"Passing {name}"
@@ -148,6 +160,7 @@ def embed(
     """Return every sample's state before the first block."""
     embedders = Embedders(source.config)
     tensors = source.tensors(embedders.state_dict(), device)
+    check_finite(tensors)
     embedders.load_state_dict(tensors)
     return embedded_samples(calibration, embedders.to(device, dtype), source.config)
 
@@ -159,6 +172,7 @@ def _velocity_sqnr_db(
     layer = LastLayer(source.config)
     names = {f"final_layer.{part}": part for part in layer.state_dict()}
     tensors = source.tensors(names, str(like.device))
+    check_finite(tensors)
     layer.load_state_dict({part: tensors[name] for name, part in names.items()})
     layer.to(like.device, like.dtype)
     ratio = SQNR()
