@@ -6,6 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..quant.errors import RecipeError
 from ..quant.recipe import RECIPES, FormatBudget, QuantizeOptions, Recipe, named_recipe, read_recipe
 from . import paths
 from .fingerprint import FileState, file_state
@@ -98,7 +99,7 @@ def options_from(
     """Return what the inputs ask for.
 
     Raises:
-        RecipeError: The recipe's file is wrong.
+        RecipeError: The recipe's file is wrong, or a budget is set for a recipe that has none.
     """
     chosen = named_recipe(recipe) if recipe in RECIPES else read_recipe(paths.user_recipe(recipe))
     values: dict[str, Any] = {
@@ -114,13 +115,18 @@ def options_from(
 def recipe_state(recipe: str | None) -> FileState:
     """Return the state of a user's recipe file; None for the pack's own, which do not change."""
     # None as well while the recipe comes through a link
-    own = recipe is not None and recipe not in RECIPES
-    return file_state(paths.user_recipe(recipe)) if own else None
+    if recipe is None or recipe in RECIPES:
+        return None
+    return file_state(paths.user_recipe(recipe))
 
 
 def _with_budget(recipe: Recipe, quality_floor: float, size_limit: float) -> Recipe:
-    if recipe.auto is None or not (quality_floor or size_limit):
+    if not (quality_floor or size_limit):
         return recipe
+    if recipe.auto is None:
+        raise RecipeError(
+            recipe.name, "it has a fixed format per Linear, so no quality floor and no size limit"
+        )
     # a limit alone replaces the recipe's floor: it asks for the best that fits
     budget = FormatBudget(
         floor_db=quality_floor or None,

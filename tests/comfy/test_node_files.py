@@ -25,6 +25,8 @@ from flux_fp4.nodes.errors import (  # noqa: E402
 )
 from flux_fp4.nodes.fingerprint import OutputLedger, file_state  # noqa: E402
 from flux_fp4.nodes.load import BACKENDS  # noqa: E402
+from flux_fp4.nodes.recipe_inputs import options_from  # noqa: E402
+from flux_fp4.quant.errors import RecipeError  # noqa: E402
 from flux_fp4.quant.recipe import QuantizeOptions  # noqa: E402
 from flux_fp4.trt_runtime import backend  # noqa: E402
 
@@ -176,6 +178,13 @@ def test_all_in_one_names_differ_by_folder_and_options() -> None:
     assert len(names) == 6
     assert all(paths.name_fault(name) is None for name in names)
     assert "flux-nvfp4-max" in names
+
+
+def test_budget_needs_a_recipe_that_has_one() -> None:
+    assert options_from("auto", True, quality_floor=30.0).recipe.auto.floor_db == 30
+    assert options_from("auto", True, size_limit=5.0).recipe.auto.floor_db is None
+    with pytest.raises(RecipeError, match=r"'nvfp4-max' .* no quality floor"):
+        options_from("nvfp4-max", True, quality_floor=30.0)
 
 
 def test_targets_are_folder_names_of_their_specs() -> None:
