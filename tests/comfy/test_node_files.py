@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -25,7 +26,13 @@ from flux_fp4.nodes.errors import (  # noqa: E402
 )
 from flux_fp4.nodes.fingerprint import OutputLedger, file_state  # noqa: E402
 from flux_fp4.nodes.load import BACKENDS  # noqa: E402
-from flux_fp4.nodes.recipe_inputs import options_from  # noqa: E402
+from flux_fp4.nodes.quantize import source_state  # noqa: E402
+from flux_fp4.nodes.recipe_inputs import (  # noqa: E402
+    ADVANCED,
+    options_from,
+    recipe_input,
+    recipe_state,
+)
 from flux_fp4.quant.errors import RecipeError  # noqa: E402
 from flux_fp4.quant.recipe import QuantizeOptions  # noqa: E402
 from flux_fp4.trt_runtime import backend  # noqa: E402
@@ -169,15 +176,70 @@ def test_absent_checkpoint_is_not_up_to_date(tmp_path: Path) -> None:
     assert stages.up_to_date_checkpoint(tmp_path, absent, QuantizeOptions(), None) is None
 
 
-def test_all_in_one_names_differ_by_folder_and_options() -> None:
-    names = {
-        quantized_name(checkpoint, QuantizeOptions(fp8_attention=fp8))
-        for checkpoint in ("flux.safetensors", "mine/flux.safetensors", "old\\flux.safetensors")
-        for fp8 in (True, False)
-    }
-    assert len(names) == 6
+def test_all_in_one_names_differ_by_folder_and_every_option() -> None:
+    changes: list[dict[str, Any]] = [
+        {"recipe": "nvfp4-max", "fp8_attention": True},
+        {"recipe": "nvfp4-max", "fp8_attention": False},
+        {"recipe": "nvfp4-max", "fp8_attention": True, "modulation": "fp8"},
+        {"recipe": "nvfp4-max", "fp8_attention": True, "modulation": "nvfp4"},
+        {"recipe": "nvfp4-max", "fp8_attention": True, "percentile": 99.9},
+        {"recipe": "nvfp4-max", "fp8_attention": True, "percentile": 99.0},
+        {"recipe": "nvfp4-max", "fp8_attention": True, "headroom": 1.0},
+        {"recipe": "auto", "fp8_attention": True},
+        {"recipe": "auto", "fp8_attention": True, "quality_floor": 22.5},
+        {"recipe": "auto", "fp8_attention": True, "size_limit": 6.5},
+        {"recipe": "auto", "fp8_attention": True, "quality_floor": 22.5, "size_limit": 6.5},
+    ]
+    checkpoints = ("flux.safetensors", "mine/flux.safetensors", "old\\flux.safetensors")
+    names = [quantized_name(c, options_from(**change)) for c in checkpoints for change in changes]
+    assert len(set(names)) == len(names)
     assert all(paths.name_fault(name) is None for name in names)
-    assert "flux-nvfp4-max" in names
+    assert {"flux-nvfp4-max", "flux-auto-20dB", "mine-flux-auto-22.5dB-6.5GiB"} <= set(names)
+
+
+def test_every_advanced_input_has_its_default_in_options() -> None:
+    """What the widgets show and what they mean when a workflow lacks them is the same."""
+    shown = {entry.id: entry.default for entry in ADVANCED}
+    assert options_from("auto", True, **shown) == options_from("auto", True)
+    assert options_from("nvfp4-max", True, **shown) == QuantizeOptions()
+
+
+@pytest.mark.parametrize("part", ["model-00002-of-00002", "model.safetensors.index"])
+def test_exchanged_shard_is_noticed(root: Path, part: str) -> None:
+    folder = root / "diffusion_models" / "flux"
+    folder.mkdir()
+    shards = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    for shard in shards:
+        (folder / shard).write_bytes(b"x")
+    weight_map = {f"tensor{i}": shard for i, shard in enumerate(shards)}
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    name = "flux/model.safetensors.index.json"
+    before = source_state(name)
+    assert source_state(name) == before
+    (changed,) = folder.glob(f"{part}*")
+    os.utime(changed, ns=(1, 1))
+    assert source_state(name) != before
+    assert source_state(None) == []
+
+
+def test_edited_recipe_is_noticed(root: Path) -> None:
+    file = root / "second" / "recipes" / "mine.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text("x")
+    before = recipe_state("mine")
+    os.utime(file, ns=(1, 1))
+    assert recipe_state("mine") != before
+    assert recipe_state("nvfp4-max") is None
+    assert recipe_state(None) is None
+
+
+def test_recipe_of_the_pack_cannot_be_replaced_by_a_file(root: Path) -> None:
+    file = root / "first" / "recipes" / "fp8.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text("name: fp8\nsummary: Not FP8.\nlinears: bf16\n")
+    assert options_from("fp8", True).recipe.linears == "fp8"
+    assert recipe_input().options.count("fp8") == 1
 
 
 def test_budget_needs_a_recipe_that_has_one() -> None:

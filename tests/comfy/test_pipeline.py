@@ -8,28 +8,33 @@ import re
 import shutil
 import threading
 import time
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from api_workflow import ApiWorkflow, api_from_ui, the_node
-from comfy_server import ComfyClient, ComfyServer, ComfyServerError, PromptResult
-from pack_import import ROOT
-from PIL import Image
+from api_workflow import ApiWorkflow, the_node
+from comfy_server import ComfyClient, ComfyServer, ComfyServerError
+from pipeline_runs import (
+    ENGINE,
+    FULL_PIPELINE,
+    LOAD_ENGINE,
+    PROMPT,
+    changed,
+    executed,
+    files,
+    interrupt_at,
+    picture,
+    psnr_db,
+    shipped,
+    up_to,
+)
 from small_workflow import (
     QUANTIZED_NAME,
-    for_small_model,
     with_original_model,
     with_prompt,
     write_calibration_pictures,
 )
-
-FULL_PIPELINE = "flux_fp4_full_pipeline"
-LOAD_ENGINE = "flux_fp4_load_engine"
-ENGINE = f"{QUANTIZED_NAME}/sm120"
-PROMPT = "a handwritten digit three"
 
 
 @pytest.fixture(scope="module")
@@ -39,14 +44,6 @@ def models(server: ComfyServer) -> Path:
     folder = server.base / "models" / "flux_fp4"
     shutil.rmtree(folder, ignore_errors=True)
     return folder
-
-
-def shipped(name: str, object_info: dict[str, Any]) -> ApiWorkflow:
-    saved = json.loads((ROOT / "workflows" / f"{name}.json").read_text())
-    workflow = for_small_model(api_from_ui(saved, object_info))
-    if name == LOAD_ENGINE:
-        workflow[the_node(workflow, "FluxFP4LoadEngine")]["inputs"]["engine"] = ENGINE
-    return with_prompt(workflow, PROMPT, seed=7)
 
 
 @pytest.fixture
@@ -59,39 +56,6 @@ def engine(client: ComfyClient, pipeline: ApiWorkflow, models: Path) -> Path:
     """The folder of an engine that the full workflow has built."""
     assert client.run(pipeline).status == "success"
     return models / ENGINE
-
-
-def changed(workflow: ApiWorkflow, class_type: str, **inputs: Any) -> ApiWorkflow:
-    result = copy.deepcopy(workflow)
-    result[the_node(result, class_type)]["inputs"].update(inputs)
-    return result
-
-
-def up_to(workflow: ApiWorkflow, class_type: str) -> ApiWorkflow:
-    """Keep one output node and what it depends on."""
-    wanted = [the_node(workflow, class_type)]
-    for node_id in wanted:
-        values = workflow[node_id]["inputs"].values()
-        wanted += [value[0] for value in values if isinstance(value, list)]
-    return {node_id: workflow[node_id] for node_id in dict.fromkeys(wanted)}
-
-
-def picture(client: ComfyClient, result: PromptResult) -> np.ndarray:
-    assert (result.status, result.error_message) == ("success", "")
-    (entry,) = result.images()
-    return np.asarray(Image.open(BytesIO(client.image(entry))).convert("RGB"), np.float64)
-
-
-def executed(workflow: ApiWorkflow, result: PromptResult) -> set[str]:
-    return {workflow[node_id]["class_type"] for node_id in result.node_seconds}
-
-
-def files(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-
-
-def psnr_db(first: np.ndarray, second: np.ndarray) -> float:
-    return 10 * np.log10(255**2 / np.mean((first - second) ** 2))
 
 
 def test_full_pipeline_makes_nearly_the_original_picture(
@@ -178,35 +142,6 @@ def test_all_in_one_needs_samples_once(
 
 
 # Cancel from the API: nothing half-written, the server lives, and the next run completes.
-
-
-def interrupt_at(client: ComfyClient, node_id: str, value: int) -> Any:
-    """Return an event handler that cancels when a node reports a progress value."""
-    times: dict[str, float] = {}
-
-    def handle(event: dict[str, Any]) -> None:
-        if event["type"] == "progress" and not times:
-            data = event["data"]
-            if data["node"] == node_id and data["value"] >= value:
-                times["interrupt"] = time.monotonic()
-                client.interrupt()
-        if event["type"] == "execution_interrupted":
-            times["ended"] = time.monotonic()
-
-    handle.times = times  # type: ignore[attr-defined]
-    return handle
-
-
-def test_cancel_while_quantizing(client: ComfyClient, pipeline: ApiWorkflow, models: Path) -> None:
-    name = "cancelled-quantize"
-    quantize = up_to(changed(pipeline, "FluxFP4Quantize", name=name), "FluxFP4Quantize")
-    handler = interrupt_at(client, the_node(quantize, "FluxFP4Quantize"), 2)
-    result = client.run(quantize, on_event=handler)
-    assert result.status == "interrupted"
-    assert handler.times["ended"] - handler.times["interrupt"] < 2
-    assert not files(models / name) if (models / name).exists() else True
-    assert client.run(quantize).status == "success"
-    assert f"{name}.safetensors" in files(models / name)
 
 
 def test_cancel_while_building_resumes(

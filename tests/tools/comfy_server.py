@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -25,6 +26,9 @@ import aiohttp
 # ComfyUI derives nothing from the folder's name; a hyphen proves that the pack does not either.
 PACK_FOLDER = "ComfyUI-FLUX-FP4"
 BOOT_SECONDS = 180
+PROGRESS_TEXT = "progress_text"
+_BINARY_TEXT = 3
+"""``protocol.BinaryEventTypes.TEXT``."""
 END_EVENTS = {
     "execution_success": "success",
     "execution_error": "error",
@@ -47,7 +51,7 @@ class PromptResult:
     node_seconds: dict[str, float]
     """Time between the start of a node and the start of the next one; cached nodes are absent."""
     events: list[dict[str, Any]]
-    """Every websocket message except binary previews, in order."""
+    """Every websocket message except previews, in order; texts of nodes as `progress_text`."""
     outputs: dict[str, dict[str, Any]]
     """`ui` results by node id."""
 
@@ -62,6 +66,11 @@ class PromptResult:
     def images(self) -> list[dict[str, str]]:
         """Return the saved images' `filename`, `subfolder`, `type` in node order."""
         return [image for output in self.outputs.values() for image in output.get("images", [])]
+
+    def progress_texts(self, node_id: str) -> list[str]:
+        """Return what a node showed on itself while it ran, in order."""
+        found = (event["data"] for event in self.events if event["type"] == PROGRESS_TEXT)
+        return [data["text"] for data in found if data["node"] == node_id]
 
     def text(self, node_id: str) -> str:
         """Return the preview text of a node."""
@@ -134,7 +143,7 @@ class ComfyClient:
         Args:
             prompt: node id -> `{"class_type": ..., "inputs": ...}`.
             timeout: seconds until `TimeoutError`.
-            on_event: called with every JSON message, for example to interrupt at the right moment.
+            on_event: called with every event, for example to interrupt at the right moment.
         """
         return asyncio.run(self._run(prompt, timeout, on_event or (lambda _: None)))
 
@@ -160,10 +169,13 @@ class ComfyClient:
                 left = timeout - (time.monotonic() - start)
                 message = await asyncio.wait_for(websocket.receive(), max(left, 0.01))
                 if message.type is aiohttp.WSMsgType.BINARY:
-                    continue
-                if message.type is not aiohttp.WSMsgType.TEXT:
+                    event = _progress_text(message.data)
+                    if event is None:
+                        continue
+                elif message.type is aiohttp.WSMsgType.TEXT:
+                    event = json.loads(message.data)
+                else:
                     raise ComfyServerError(f"the websocket ended with {message.type.name}")
-                event = json.loads(message.data)
                 events.append(event)
                 if event["type"] == "executing":
                     clock.start(event["data"]["node"])
@@ -254,6 +266,15 @@ class ComfyServer:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+
+
+def _progress_text(message: bytes) -> dict[str, Any] | None:
+    """Return a node's text as an event (0.30, ``server.send_progress_text``), None for previews."""
+    kind, node_bytes = struct.unpack_from(">II", message)
+    if kind != _BINARY_TEXT:
+        return None
+    node, text = message[8 : 8 + node_bytes].decode(), message[8 + node_bytes :].decode()
+    return {"type": PROGRESS_TEXT, "data": {"node": node, "text": text}}
 
 
 def _free_port() -> int:
