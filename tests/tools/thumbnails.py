@@ -31,7 +31,7 @@ SEED = 7
 DIGITS = {
     "flux_fp4_full_pipeline": ("two", "three", "six", "eight"),
     "flux_fp4_load_engine": ("zero", "four", "five", "seven"),
-    "flux_fp4_merge_lora": ("three", "nine", "zero", "two"),
+    "flux_fp4_merge_lora": ("three", "two", "six", "five"),
 }
 """What the thumbnail of each workflow shows."""
 
