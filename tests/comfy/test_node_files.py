@@ -286,7 +286,7 @@ def test_texts_name_only_nodes_that_exist(object_info: dict[str, Any]) -> None:
     # adjacent string literals are one text, wherever the source breaks the line
     text = "\n".join(re.sub(r'"\s*\n\s*f?"', "", path.read_text()) for path in sources)
     verbs = ("Quantize ", "Export ", "Build ", "Inspect ", "FLUX ")
-    quoted = set(re.findall(r"""['"]([A-Z][\w /]+)['"]""", text))
+    quoted = {name for _, name in re.findall(r"""(['"])([A-Z][\w /]+)\1""", text)}
     ours = {name for name in quoted if name.startswith(verbs)} - {"FLUX FP4"}  # the category
     assert own <= quoted
     assert ours <= own, ours - own
