@@ -1,14 +1,15 @@
 """The same FLUX.1 by the standard way and by this pack: seconds and memory of every stage.
 
-    python benchmarks/standard_way.py FOLDER                   1+2, 2+4 and 3+6 blocks
-    python benchmarks/standard_way.py FOLDER --blocks 2 4      2+4 and 4+8 blocks
+    python benchmarks/standard_way.py FOLDER                     2+4 and 4+8 blocks
+    python benchmarks/standard_way.py FOLDER --blocks 2 3 4      2+4, 3+6 and 4+8 blocks
 
 The standard way is NVIDIA's for diffusion models, with the whole model in memory: ModelOpt's
 ``mtq.quantize``, ``torch.onnx.export``, ``NVFP4QuantExporter`` and one TensorRT-RTX build of the
 whole graph. FLUX.1-dev does not fit that way into 24 GB, so models of its widths with random
 weights and fewer blocks are measured, ``n`` double and ``2n`` single ones, and lines through them
-extrapolated. Both ways quantize the same Linears of the same file to NVFP4 with scales from maxima,
-calibrate with the same samples, and build for the same target and shapes; attention is in bf16.
+extrapolated. (What this pack needs at full size is measured by ``full_size.py``.) Both ways
+quantize the same Linears of the same file to NVFP4 with scales from maxima, calibrate with the same
+samples, and build for the same target and shapes; attention is in bf16.
 
 Without a GPU. Imports are not timed. The standard way's model is out of memory before its ONNX file
 is converted, unlike in NVIDIA's example: that is in its favour. Its plan holds modulation,
@@ -375,6 +376,11 @@ def _children(process: str) -> list[str]:
         return []
 
 
+MIN_BLOCKS = 2
+"""Of one double block the ONNX file stays below 2 GB: torch then makes it in memory, in a copy or
+two of the model, and not tensor by tensor, so that no line goes through it and larger ones."""
+
+
 def truncated(blocks: int) -> FluxConfig:
     """Return FLUX.1-dev with fewer blocks."""
     return full_size.FLUX1_DEV.model_copy(
@@ -474,9 +480,11 @@ def print_ratio(label: str, rows: list[dict[str, Any]], size: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--blocks", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--blocks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if min(arguments.blocks) < MIN_BLOCKS:
+        parser.error(f"--blocks {min(arguments.blocks)}: the least is {MIN_BLOCKS}")
     if arguments.stage:
         (blocks,) = arguments.blocks
         STAGES[arguments.stage](arguments.folder, truncated(blocks))
