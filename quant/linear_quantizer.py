@@ -19,7 +19,7 @@ from .statistics import LinearStatistics, spread
 _SMOOTHING_OUTPUTS = 1024
 """Outputs of a Linear that smoothing looks at, evenly spaced. Its scales belong to the inputs, so a
 sample of outputs tells the error of each choice as well (``test_linear_quantizer.py`` compares),
-and takes an eighth of the time at FLUX.1-dev's size."""
+and takes a small part of the time at FLUX.1-dev's size."""
 
 _BRANCH_SEED = 0
 """Of the randomized range finder: the same weight always gives the same branch."""

@@ -110,9 +110,35 @@ def _randomized_svd(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tenso
     start = torch.randn(
         matrix.shape[1], directions, generator=generator, device=matrix.device, dtype=matrix.dtype
     )
-    basis = torch.linalg.qr(matrix @ start).Q
+    basis = _orthonormal(matrix @ start)
     for _ in range(_POWER_ITERATIONS):
-        rows = torch.linalg.qr(matrix.mT @ basis).Q
-        basis = torch.linalg.qr(matrix @ rows).Q
-    left, sizes, right = torch.linalg.svd(basis.mT @ matrix, full_matrices=False)
-    return basis @ left, sizes, right
+        basis = _orthonormal(matrix @ _orthonormal(matrix.mT @ basis))
+    return _svd_of_wide(basis.mT @ matrix, basis)
+
+
+def _orthonormal(columns: Tensor) -> Tensor:
+    """Return an orthonormal basis of the span of ``columns [n, d]``, d much smaller than n.
+
+    By the eigenvectors of the ``[d, d]`` Gram matrix in fp64, ten times as fast as a QR
+    decomposition. Directions that the span lacks come out as zeros.
+    """
+    wide = columns.double()
+    values, vectors = torch.linalg.eigh(wide.mT @ wide)
+    return (wide @ (vectors * _reciprocal_root(values))).to(columns)
+
+
+def _svd_of_wide(wide: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the SVD of ``basis @ wide``, largest first; ``wide [d, K]``, ``basis [n, d]``."""
+    rows = wide.double()
+    values, vectors = torch.linalg.eigh(rows @ rows.mT)
+    values, vectors = values.flip(0), vectors.flip(1)
+    right = (vectors * _reciprocal_root(values)).mT @ rows
+    left = basis.double() @ vectors
+    sizes = values.clamp(min=0).sqrt()
+    return left.to(wide), sizes.to(wide), right.to(wide)
+
+
+def _reciprocal_root(values: Tensor) -> Tensor:
+    # what rounding in fp32 leaves of a direction that is not there
+    floor = values.amax() * torch.finfo(torch.float32).eps ** 2
+    return torch.where(values > floor, values, torch.inf).rsqrt()
