@@ -377,8 +377,9 @@ def _children(process: str) -> list[str]:
 
 
 MIN_BLOCKS = 2
-"""Of one double block the ONNX file stays below 2 GB: torch then makes it in memory, in a copy or
-two of the model, and not tensor by tensor, so that no line goes through it and larger ones."""
+"""With one double block the ONNX file stays below 2 GB, and torch 2.11 makes it whole in memory:
+4.8 GB held for 1.4 GB of weights. Above, it writes tensor by tensor: 1.0 GB held for 2.6 GB. No
+line goes through both."""
 
 
 def truncated(blocks: int) -> FluxConfig:
