@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import struct
 import sys
 import threading
@@ -78,6 +79,9 @@ class MemoryMeter:
     def __exit__(self, *_error: object) -> None:
         self._stop.set()
         self._thread.join()
+        # the kernel's own maximum: this thread sleeps while native code holds Python's lock
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+        self.peak_resident = max(self.peak_resident, peak)
 
     def _sample(self) -> None:
         while not self._stop.wait(_SAMPLING_SECONDS):
