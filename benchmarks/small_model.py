@@ -2,6 +2,7 @@
 
     python benchmarks/small_model.py range       percentile and headroom, by number of pictures
     python benchmarks/small_model.py recipes     every recipe
+    python benchmarks/small_model.py linears     every recipe, output SQNR of the Linears instead
 
 The quantized model is emulated in torch. Each number is the mean over calibrations with different
 pictures and noise, with the standard deviation behind it; held-out pictures are the same for all.
@@ -13,6 +14,7 @@ import argparse
 import statistics
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,10 +165,42 @@ def recipes(bench: Bench) -> None:
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
+def linears() -> None:
+    """Print what reports say of each recipe's Linears, calibrated with 16 pictures."""
+    source = open_source(small_model_files.DATA / small_model_files.DIFFUSION_MODEL)
+    calibration = Digits.load().samples(range(16), seed=0)
+    print("| recipe | mean, dB | worst, dB | formats | MB |\n|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        for name in RECIPES:
+            path = Path(folder) / name / f"{name}.safetensors"
+            options = QuantizeOptions(recipe=named_recipe(name))
+            quantized = quantize_checkpoint(
+                source,
+                path,
+                calibration,
+                options,
+                Path(folder) / "statistics",
+                lambda phase, done, total: None,
+                dtype=torch.float32,
+            )
+            reports = quantized.metadata.linears
+            found = [report.output_sqnr_db for report in reports if report.format != "bf16"]
+            quality = (
+                f"{statistics.fmean(found):.1f} | {min(found):.1f}" if found else "exact | exact"
+            )
+            formats = Counter(report.format for report in reports)
+            counts = ", ".join(f"{count} {kind}" for kind, count in formats.items())
+            size = path.stat().st_size / 1e6
+            print(f"| {name} | {quality} | {counts} | {size:.1f} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("table", choices=["range", "recipes"])
+    parser.add_argument("table", choices=["range", "recipes", "linears"])
     table = parser.parse_args().table
+    if table == "linears":
+        linears()
+        return
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench.prepare(Path(folder))
         (activation_range if table == "range" else recipes)(bench)
