@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ..quant.quantized_checkpoint import QuantizedCheckpoint, QuantizedMetadata
+    from ..quant.recipe import Format
     from ..trt_runtime.manifest import EngineManifest, PlanEntry
     from .engine_patcher import EnginePatcher
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 _EXACT_DB = 200.0
 """What a header says where there is no noise at all, see ``quantized_checkpoint``."""
 
-_FORMATS = {"nvfp4": "NVFP4", "fp8": "FP8", "bf16": "bf16"}
+_FORMATS: dict[Format, str] = {"nvfp4": "NVFP4", "fp8": "FP8", "bf16": "bf16"}
 """Formats of a Linear as the user reads them."""
 
 
