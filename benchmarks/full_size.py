@@ -3,6 +3,7 @@
     python benchmarks/full_size.py FOLDER source              the checkpoint, 23.8 GB
     python benchmarks/full_size.py FOLDER calibrate           statistics of a few small samples
     python benchmarks/full_size.py FOLDER quantize RECIPE [--modulation nvfp4]
+    python benchmarks/full_size.py FOLDER blocks RECIPE       two blocks of each kind only
     python benchmarks/full_size.py FOLDER export RECIPE
     python benchmarks/full_size.py FOLDER build RECIPE
 
@@ -30,14 +31,20 @@ from pack_import import register_pack  # noqa: E402
 
 register_pack()
 
+from flux_fp4.quant.block_quantizer import quantize_block  # noqa: E402
 from flux_fp4.quant.calibration import Conditioning, rectified_flow_samples  # noqa: E402
-from flux_fp4.quant.flux.config import FluxConfig  # noqa: E402
+from flux_fp4.quant.flux.config import FluxConfig, block_linears  # noqa: E402
 from flux_fp4.quant.flux.model import tensor_shapes  # noqa: E402
 from flux_fp4.quant.onnx_export import export_blocks  # noqa: E402
 from flux_fp4.quant.quantize import quantize_checkpoint  # noqa: E402
 from flux_fp4.quant.recipe import QuantizeOptions, named_recipe  # noqa: E402
 from flux_fp4.quant.sources.source import open_source  # noqa: E402
-from flux_fp4.quant.stack import collect_statistics, compute_dtype  # noqa: E402
+from flux_fp4.quant.stack import (  # noqa: E402
+    block_statistics,
+    block_with_weights,
+    collect_statistics,
+    compute_dtype,
+)
 from flux_fp4.quant.statistics_files import StatisticsFolder  # noqa: E402
 from flux_fp4.trt_runtime.builder import build_engine  # noqa: E402
 from flux_fp4.trt_runtime.spec import BuildSpec, ShapeProfile  # noqa: E402
@@ -60,6 +67,8 @@ FLUX1_DEV = FluxConfig(
 )
 SAMPLES, SIDE, TEXT_TOKENS = 4, 32, 64
 """Random weights need no good samples: four of 16x16 image tokens (256x256 pixels)."""
+
+STAGES = ("source", "calibrate", "quantize", "blocks", "export", "build")
 
 _SAMPLING_SECONDS = 0.05
 
@@ -155,11 +164,46 @@ def run(folder: Path, stage: str, recipe: str, modulation: str) -> None:
         options = QuantizeOptions(recipe=named_recipe(recipe), modulation=modulation)
         source = open_source(source_path)
         quantize_checkpoint(source, checkpoint, samples(), options, folder / "statistics", show)
+    elif stage == "blocks":
+        time_blocks(folder, recipe)
     elif stage == "export":
         export_blocks(checkpoint, show)
     else:
         profile = ShapeProfile(max_batch=1, max_img_tokens=4096, max_txt_tokens=512)
         build_engine(checkpoint.parent, BuildSpec(profile=profile), show, 2)
+
+
+@torch.inference_mode()
+def time_blocks(folder: Path, recipe: str) -> None:
+    """Quantize two blocks of each kind; all blocks of a kind take the same time."""
+    source, options = (
+        open_source(folder / "source.safetensors"),
+        QuantizeOptions(recipe=named_recipe(recipe)),
+    )
+    statistics = StatisticsFolder(folder / "statistics", source.digest(), samples().digest())
+    total = 0.0
+    for kind, count in (("double", FLUX1_DEV.depth), ("single", FLUX1_DEV.depth_single_blocks)):
+        times = []
+        # the first one pays for imports
+        for index in (2, 3, 4):
+            started = time.monotonic()
+            name = f"{kind}_blocks.{index}"
+            tensors, linears = source.submodule(name), block_linears(name)
+            quantize_block(
+                name,
+                block_with_weights(name, source.config, tensors, compute_dtype("cpu")),
+                {linear: tensors[f"{linear}.weight"] for linear in linears},
+                dict.fromkeys(linears),
+                block_statistics(statistics, name),
+                options,
+                {linear: options.recipe.format_of(f"{name}.{linear}") for linear in linears},
+                source.config.head_dim,
+                lambda: None,
+            )
+            times.append(time.monotonic() - started)
+        print(f"{kind} block: {', '.join(f'{seconds:.1f}' for seconds in times)} s")
+        total += count * sum(times[1:]) / 2
+    print(f"all blocks at this pace: {total:.0f} s")
 
 
 def show(phase: str, done: int, total: int) -> None:
@@ -170,7 +214,7 @@ def show(phase: str, done: int, total: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("stage", choices=["source", "calibrate", "quantize", "export", "build"])
+    parser.add_argument("stage", choices=STAGES)
     parser.add_argument("recipe", nargs="?", default="")
     parser.add_argument("--modulation", default="bf16")
     arguments = parser.parse_args()
