@@ -1,11 +1,12 @@
 """Velocity SQNR of the trained small model on held-out pictures, by recipe and activation range.
 
     python benchmarks/small_model.py range       percentile and headroom, by number of pictures
-    python benchmarks/small_model.py recipes     every recipe
-    python benchmarks/small_model.py linears     every recipe, output SQNR of the Linears instead
+    python benchmarks/small_model.py recipes     every recipe, or those named behind it
+    python benchmarks/small_model.py linears     the same, output SQNR of the Linears instead
 
 The quantized model is emulated in torch. Each number is the mean over calibrations with different
 pictures and noise, with the standard deviation behind it; held-out pictures are the same for all.
+``--repeats`` sets how many calibrations.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import statistics
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,20 +92,21 @@ class Bench:
     held_out: CalibrationSet
     velocities: list[Tensor]
     folder: Path
+    repeats: int
 
     @classmethod
-    def prepare(cls, folder: Path) -> Bench:
+    def prepare(cls, folder: Path, repeats: int) -> Bench:
         """Predict the held-out velocities; results go to ``folder``."""
         source = open_source(small_model_files.DATA / small_model_files.DIFFUSION_MODEL)
         digits = Digits.load()
         held_out = digits.samples(HELD_OUT, seed=99)
         velocities = list(_velocities(source, held_out, None))
-        return cls(source, digits, held_out, velocities, folder)
+        return cls(source, digits, held_out, velocities, folder, repeats)
 
     def measured(self, options: QuantizeOptions, pictures: int) -> str:
         """Return mean and deviation of the velocity SQNR over calibrations."""
         found = []
-        for repeat in range(REPEATS):
+        for repeat in range(self.repeats):
             chosen = range(pictures * repeat, pictures * (repeat + 1))
             calibration = self.digits.samples(chosen, seed=repeat)
             path = self.folder / "model" / "model.safetensors"
@@ -153,11 +155,11 @@ def activation_range(bench: Bench) -> None:
             print(f"| {percentile} | {headroom} | {' | '.join(cells)} |", flush=True)
 
 
-def recipes(bench: Bench) -> None:
-    """Print every recipe, calibrated with 16 pictures."""
+def recipes(bench: Bench, names: Sequence[str]) -> None:
+    """Print some recipes, calibrated with 16 pictures."""
     print("| recipe | FP8 attention | attention in high precision |")
     print("|---|---|---|")
-    for name in RECIPES:
+    for name in names:
         cells = [
             bench.measured(QuantizeOptions(recipe=named_recipe(name), fp8_attention=fp8), 16)
             for fp8 in (True, False)
@@ -165,13 +167,13 @@ def recipes(bench: Bench) -> None:
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
-def linears() -> None:
-    """Print what reports say of each recipe's Linears, calibrated with 16 pictures."""
+def linears(names: Sequence[str]) -> None:
+    """Print what reports say of some recipes' Linears, calibrated with 16 pictures."""
     source = open_source(small_model_files.DATA / small_model_files.DIFFUSION_MODEL)
     calibration = Digits.load().samples(range(16), seed=0)
     print("| recipe | mean, dB | worst, dB | formats | MB |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
-        for name in RECIPES:
+        for name in names:
             path = Path(folder) / name / f"{name}.safetensors"
             options = QuantizeOptions(recipe=named_recipe(name))
             quantized = quantize_checkpoint(
@@ -197,13 +199,19 @@ def linears() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("table", choices=["range", "recipes", "linears"])
-    table = parser.parse_args().table
-    if table == "linears":
-        linears()
+    parser.add_argument("names", nargs="*", metavar="recipe")
+    parser.add_argument("--repeats", type=int, default=REPEATS, help="calibrations, at least 2")
+    arguments = parser.parse_args()
+    names = arguments.names or list(RECIPES)
+    if arguments.table == "linears":
+        linears(names)
         return
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench.prepare(Path(folder))
-        (activation_range if table == "range" else recipes)(bench)
+        bench = Bench.prepare(Path(folder), arguments.repeats)
+        if arguments.table == "range":
+            activation_range(bench)
+        else:
+            recipes(bench, names)
 
 
 if __name__ == "__main__":
