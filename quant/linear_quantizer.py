@@ -14,6 +14,7 @@ from .low_rank import low_rank_branch
 from .modelopt_calibration import awq_pre_quant_scale
 from .nvfp4 import E2M1_MAX, E4M3_MAX, NVFP4Weight, quantize_weight
 from .recipe import Format, QuantizeOptions, Recipe
+from .smoothing import best_scale
 from .statistics import LinearStatistics, spread
 
 _SMOOTHING_OUTPUTS = 1024
@@ -56,8 +57,11 @@ def smoothing_scales(
     }
     if not linears:
         return {}
-    scales = awq_pre_quant_scale(linears, heartbeat=heartbeat)
-    return {linear: scale.bfloat16() for linear, scale in scales.items()}
+    awq = awq_pre_quant_scale(linears, heartbeat=heartbeat)
+    return {
+        linear: best_scale(weight, rows, statistics[linear].channel_amax, awq[linear])
+        for linear, (weight, rows) in linears.items()
+    }
 
 
 def quantize_linear(

@@ -28,6 +28,9 @@ PROBES = 2
 PROBE_TOKENS = 64
 """Most tokens that a probe keeps of each stream."""
 
+_GOLDEN_RATIO = (5**0.5 - 1) / 2
+"""Its multiples, modulo 1, fill the interval evenly however many there are."""
+
 QUANTILES = 1001
 """Stored quantiles of token maxima: per mille, the last one is the maximum."""
 
@@ -174,7 +177,9 @@ class _LinearObserver:
             self._channel_amax = torch.maximum(self._channel_amax, channel_amax)
             self._square_sum += square_sum
         self._tokens += len(x)
-        self._rows.append(x[spread(len(x), self._rows_per_sample)].bfloat16().cpu())
+        # each sample shows tokens at other places: the same place in every text is often padding
+        offset = len(self._rows) * _GOLDEN_RATIO % 1
+        self._rows.append(x[spread(len(x), self._rows_per_sample, offset)].bfloat16().cpu())
 
     def statistics(self, subject: str) -> LinearStatistics:
         assert self._channel_amax is not None
@@ -187,10 +192,17 @@ class _LinearObserver:
         )
 
 
-def spread(length: int, count: int) -> Tensor:
-    """Return at most ``count`` indices below ``length``, evenly spaced."""
+def spread(length: int, count: int, offset: float = 0.5) -> Tensor:
+    """Return at most ``count`` indices below ``length``, evenly spaced.
+
+    Args:
+        length: How many there are to choose from.
+        count: How many to choose.
+        offset: Where in its equal part of the length each one lies, from 0 to below 1.
+    """
     count = min(length, count)
-    return (torch.arange(count) * length + length // 2) // count
+    places = (torch.arange(count, dtype=torch.float64) + offset) * length / count
+    return places.floor().long()
 
 
 def probe_states(states: Sequence[SampleState]) -> tuple[SampleState, ...]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from .calibration import SampleState
 from .statistics import BlockStatistics, LinearStatistics, RangeStatistics
 
-_VERSION = "1"
+_VERSION = "2"
 _VELOCITY = "velocity_sqnr_db.txt"
 _STATE = ("img", "txt", "vec", "cos", "sin", "shared_mods")
 
