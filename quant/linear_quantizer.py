@@ -59,7 +59,15 @@ def smoothing_scales(
         return {}
     awq = awq_pre_quant_scale(linears, heartbeat=heartbeat)
     return {
-        linear: best_scale(weight, rows, statistics[linear].channel_amax, awq[linear])
+        linear: best_scale(
+            linear,
+            weight,
+            rows,
+            statistics[linear].channel_amax,
+            awq[linear],
+            recipe.scale_search,
+            heartbeat,
+        )
         for linear, (weight, rows) in linears.items()
     }
 

@@ -7,6 +7,7 @@ import torch
 from flux_fp4.quant.calibration import SampleState, embedded_samples
 from flux_fp4.quant.errors import NotFiniteError
 from flux_fp4.quant.flux.config import block_linears
+from flux_fp4.quant.flux.layers import JointAttention
 from flux_fp4.quant.nvfp4 import fake_quantize_activation, quantize_weight
 from flux_fp4.quant.sqnr import sqnr_db
 from flux_fp4.quant.stack import run_block
@@ -20,6 +21,7 @@ from flux_fp4.quant.statistics import (
 )
 from flux_fp4.quant.statistics_files import StatisticsFolder
 from tiny_flux import TINY, random_flux, random_samples
+from torch import nn
 from torch.nn import functional
 
 BLOCK = "double_blocks.0"
@@ -161,3 +163,27 @@ def test_files_of_others_and_damaged_ones_are_made_again(
     assert folder.read("single_blocks.0") is None
     path.write_bytes(b"\xff" * 100)
     assert folder.read(BLOCK) is None
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.3, 0.5, 0.999])
+@pytest.mark.parametrize(("length", "count"), [(5, 5), (100, 7), (4096, 128), (3, 10)])
+def test_spread_is_in_order_and_in_range(length: int, count: int, offset: float) -> None:
+    places = spread(length, count, offset)
+    assert len(places) == min(length, count)
+    assert (places.diff() > 0).all()
+    assert places.min() >= 0
+    assert places.max() < length
+
+
+def test_samples_show_tokens_of_different_places() -> None:
+    block = nn.Module()
+    block.linear, block.attention = nn.Linear(16, 16), JointAttention()
+    places = torch.arange(1.0, 201.0)[:, None].expand(200, 16)
+    heads = places.reshape(1, 1, 200, 16)
+    with BlockObserver("b", block, ["linear"], 3) as observer:
+        for _ in range(3):
+            block.linear(places)
+            block.attention(heads, heads, heads)
+    seen = observer.statistics(()).linears["linear"].rows[:, 0]
+    assert len(seen) == 3 * 43
+    assert len(seen.unique()) > 2 * 43
