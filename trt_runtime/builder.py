@@ -3,33 +3,22 @@
 from __future__ import annotations
 
 import logging
-import platform
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
 from pathlib import Path
 
 from .backend import Backend, Gpu, load_backend, probe_gpu
-from .digest import digest_of_fields, digest_of_file, digest_of_ranges
-from .errors import (
-    BuildSpecError,
-    EngineMismatchError,
-    EngineTargetError,
-    FormatTargetError,
-    ManifestInvalidError,
-)
+from .errors import BuildSpecError, EngineTargetError, FormatTargetError
 from .manifest import (
+    LORA,
     MANIFEST,
     UNFINISHED,
     EngineManifest,
-    PlanEntry,
-    check_plan_size,
-    plan_file_name,
+    lora_manifest,
     plan_files,
-    read_manifest_file,
     write_manifest,
 )
-from .plan import SETTINGS_VERSION, BuildJob, BuiltPlan
+from .plan_build import PlanBuild
 from .progress import Progress
 from .signature import BlockSignature, read_block_folder
 from .spec import (
@@ -38,7 +27,6 @@ from .spec import (
     FP8_ATTENTION_MIN_TOKENS,
     FP8_MIN_SM,
     BuildSpec,
-    ShapeProfile,
 )
 from .store import locked, remove_temporaries
 from .worker_process import build_plans
@@ -77,10 +65,11 @@ def build_engine(
     started = time.monotonic()
     with locked(engine_dir, lambda: progress("Waiting for another build of this engine", 0, total)):
         remove_temporaries(engine_dir)
-        build = _Build(engine_dir, spec, backend, signatures, progress)
-        jobs = build.reuse()
+        build = PlanBuild(engine_dir, spec, backend, signatures, progress, UNFINISHED)
+        jobs = build.reuse((MANIFEST, UNFINISHED))
         build_plans(jobs, workers, build.store, build.report)
-        manifest = build.finish()
+        manifest = build.manifest()
+        _put_in_force(engine_dir, manifest)
     logger.info(
         "Built engine %s/%s: %s plans, %s reused, %.1f s",
         folder.name,
@@ -90,35 +79,6 @@ def build_engine(
         time.monotonic() - started,
     )
     return manifest
-
-
-def profile_shapes(
-    signature: BlockSignature, profile: ShapeProfile
-) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
-    """Return (min, opt, max) shapes of every input that has a dynamic axis."""
-    shapes = {}
-    for spec in signature.inputs:
-        bounds = [
-            profile.bounds(dim) if isinstance(dim, str) else (dim, dim, dim) for dim in spec.shape
-        ]
-        if any(isinstance(dim, str) for dim in spec.shape):
-            minimum, optimum, maximum = zip(*bounds, strict=True)
-            shapes[spec.name] = (minimum, optimum, maximum)
-    return shapes
-
-
-def plan_key(onnx_digest: str, weights_digest: str, backend: Backend, spec: BuildSpec) -> str:
-    """Return the digest of everything that decides a plan's bytes."""
-    return digest_of_fields(
-        {
-            "onnx": onnx_digest,
-            "weights": weights_digest,
-            "backend": [backend.name, backend.version],
-            "targets": spec.targets,
-            "profile": asdict(spec.profile),
-            "settings": SETTINGS_VERSION,
-        }
-    )
 
 
 def _check_targets(backend: Backend, spec: BuildSpec, signatures: Sequence[BlockSignature]) -> None:
@@ -183,138 +143,14 @@ def _check_own_gpu(spec: BuildSpec, gpu: Gpu) -> None:
         raise EngineTargetError(gpu.name, gpu.sm, spec.targets)
 
 
-class _Build:
-    """One run of build_engine: which plans exist, which are wanted, what is stored so far."""
-
-    def __init__(
-        self,
-        engine_dir: Path,
-        spec: BuildSpec,
-        backend: Backend,
-        signatures: Sequence[BlockSignature],
-        progress: Progress,
-    ) -> None:
-        self.engine_dir, self.spec, self.backend = engine_dir, spec, backend
-        self.signatures, self.progress = signatures, progress
-        self.entries: dict[str, PlanEntry] = {}
-        self.wanted: dict[str, PlanEntry] = {}
-
-    def reuse(self) -> list[BuildJob]:
-        """Take over every finished plan with the same key; return jobs for the others."""
-        known = {entry.key: entry for name in (MANIFEST, UNFINISHED) for entry in self._known(name)}
-        jobs = []
-        for signature in self.signatures:
-            self.report(signature.block, "Checking")
-            wanted = self._wanted(signature)
-            entry = known.get(wanted.key)
-            if entry is not None and self._is_intact(entry):
-                self.entries[signature.block] = entry
-            else:
-                self.wanted[signature.block] = wanted
-                jobs.append(self._job(signature, wanted))
-        return jobs
-
-    def store(self, plan: BuiltPlan) -> None:
-        """Record a stored plan, so that the next build resumes after it."""
-        wanted = self.wanted[plan.block]
-        self.entries[plan.block] = wanted.model_copy(update=asdict(plan))
-        write_manifest(self.engine_dir / UNFINISHED, self._manifest())
-        self.report(plan.block, "Built")
-
-    def report(self, blocks: str, phase: str = "Building") -> None:
-        """Tell what is being done."""
-        self.progress(f"{phase} {blocks}", len(self.entries), len(self.signatures))
-
-    def finish(self) -> EngineManifest:
-        """Put the new manifest in force, then delete plans that no manifest needs any more."""
-        manifest = self._manifest()
-        write_manifest(self.engine_dir / MANIFEST, manifest)
-        (self.engine_dir / UNFINISHED).unlink(missing_ok=True)
-        current = {entry.file for entry in manifest.blocks}
-        for path in plan_files(self.engine_dir):
-            if path.name not in current:
-                path.unlink()
-        return manifest
-
-    def _known(self, name: str) -> tuple[PlanEntry, ...]:
-        path = self.engine_dir / name
-        if not path.is_file():
-            return ()
-        try:
-            return read_manifest_file(path).blocks
-        except ManifestInvalidError as error:
-            logger.warning("No plan of the earlier build is reused: %s", error)
-            return ()
-
-    def _is_intact(self, entry: PlanEntry) -> bool:
-        try:
-            check_plan_size(self.engine_dir, entry)
-        except EngineMismatchError as error:
-            logger.warning("Block %s is built again: %s", entry.block, error)
-            return False
-        if digest_of_file(self.engine_dir / entry.file) != entry.digest:
-            logger.warning("Block %s is built again: its plan was changed", entry.block)
-            return False
-        return True
-
-    def _wanted(self, signature: BlockSignature) -> PlanEntry:
-        onnx_digest = digest_of_file(signature.path)
-        ranges = [(entry.offset, entry.length) for entry in signature.ranges]
-        weights_digest = (
-            digest_of_ranges(signature.weights, ranges) if signature.weights else "0" * 64
-        )
-        key = plan_key(onnx_digest, weights_digest, self.backend, self.spec)
-        return PlanEntry(
-            block=signature.block,
-            kind="double" if signature.kind == "double" else "single",
-            file=plan_file_name(signature.block, key),
-            key=key,
-            onnx_digest=onnx_digest,
-            weights_digest=weights_digest,
-            inputs=signature.inputs,
-            outputs=signature.outputs,
-            # known once the plan is built
-            bytes=0,
-            digest="0" * 64,
-            fp4_gemms_expected=0,
-            fp4_gemms_found=0,
-            fp8_gemms_expected=0,
-            fp8_gemms_found=0,
-            fp8_mha_expected=0,
-            fp8_mha_found=0,
-            activation_bytes=0,
-            build_seconds=0,
-        )
-
-    def _job(self, signature: BlockSignature, wanted: PlanEntry) -> BuildJob:
-        return BuildJob(
-            block=signature.block,
-            backend=self.backend.name,
-            onnx=str(signature.path.resolve()),
-            plan=str((self.engine_dir / wanted.file).resolve()),
-            targets=self.spec.targets,
-            profile=profile_shapes(signature, self.spec.profile),
-            fp4_linears=signature.fp4_linears,
-            fp8_linears=signature.fp8_linears,
-            fp8_attention=signature.fp8_attention,
-        )
-
-    def _manifest(self) -> EngineManifest:
-        first = self.signatures[0]
-        order = [s.block for s in self.signatures if s.block in self.entries]
-        return EngineManifest(
-            backend=self.backend.name,  # type: ignore[arg-type]  # a str that BuildSpec has checked
-            backend_version=self.backend.version,
-            builder_platform=platform.system().lower(),
-            builder_python=platform.python_version(),
-            targets=self.spec.targets,
-            profile=replace(self.spec.profile),
-            checkpoint_digest=first.checkpoint_digest,
-            recipe=first.recipe,
-            hidden_size=first.hidden_size,
-            num_heads=first.num_heads,
-            high_precision=first.high_precision,  # type: ignore[arg-type]
-            depth=first.depth,
-            depth_single_blocks=first.depth_single_blocks,
-            blocks=tuple(self.entries[block] for block in order),
-        )
+def _put_in_force(engine_dir: Path, manifest: EngineManifest) -> None:
+    """Store the manifest of a finished build, then delete plans that no manifest needs any more."""
+    write_manifest(engine_dir / MANIFEST, manifest)
+    (engine_dir / UNFINISHED).unlink(missing_ok=True)
+    variants = lora_manifest(engine_dir, manifest)
+    if variants is None:
+        (engine_dir / LORA).unlink(missing_ok=True)
+    current = {entry.file for entry in (*manifest.blocks, *(variants.blocks if variants else ()))}
+    for path in plan_files(engine_dir):
+        if path.name not in current:
+            path.unlink()

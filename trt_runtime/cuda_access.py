@@ -57,8 +57,12 @@ class CudaAccess:
         finally:
             current.wait_stream(self._stream)
 
-    def finish(self) -> None:
+    def synchronize(self) -> None:
         """Wait until nothing runs on the engine's stream."""
         if self._stream is not None:
             self._stream.synchronize()
-            self._stream = None
+
+    def finish(self) -> None:
+        """Wait until nothing runs on the engine's stream, and give it up."""
+        self.synchronize()
+        self._stream = None

@@ -5,16 +5,17 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
+from .adapters import Adapters
 from .backend import choose_backend, probe_gpu
+from .contract import TensorSpec
 from .errors import BlockInputError
 from .manifest import EngineManifest, PlanEntry, load_manifest, verify_engine
-from .signature import TensorSpec
 from .spec import ShapeProfile
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,17 @@ class Executor(Protocol):
 
     @property
     def weight_bytes(self) -> int:
-        """Memory that the weights take once loaded."""
+        """Memory that weights and factors take once loaded."""
+
+    @property
+    def activation_bytes(self) -> int:
+        """Scratch memory of the largest block at the profile's maximum; 0 if unknown."""
+
+    def missing_lora_plans(self, blocks: Sequence[str]) -> list[str]:
+        """Return the blocks that cannot take adapters before something is built."""
+
+    def use(self, adapters: Adapters) -> None:
+        """Run these adapters and no others, loaded or not."""
 
     def load(self, device: torch.device) -> None:
         """Make all blocks ready to run."""
@@ -45,9 +56,15 @@ class Engine:
     """Runs blocks by name; open it with Engine.open()."""
 
     def __init__(
-        self, manifest: EngineManifest, executor: Executor, backend_name: str, backend_reason: str
+        self,
+        folder: Path,
+        manifest: EngineManifest,
+        executor: Executor,
+        backend_name: str,
+        backend_reason: str,
     ) -> None:
         self.manifest = manifest
+        self.folder = folder
         self.backend_name = backend_name
         self.backend_reason = backend_reason
         self._executor = executor
@@ -81,7 +98,7 @@ class Engine:
             from .executor import TensorRTExecutor
 
             executor = TensorRTExecutor(engine_dir, manifest, choice.backend)
-        return cls(manifest, executor, choice.name, choice.reason)
+        return cls(engine_dir, manifest, executor, choice.name, choice.reason)
 
     @property
     def loaded(self) -> bool:
@@ -101,6 +118,7 @@ class Engine:
         """
         profile = self.manifest.profile
         largest = max((entry.activation_bytes for entry in self.manifest.blocks), default=0)
+        largest = max(largest, self._executor.activation_bytes)
         tokens = min(batch, profile.max_batch) * (img_tokens + txt_tokens)
         return math.ceil(largest * tokens / (profile.max_batch * profile.range("S").maximum))
 
@@ -111,6 +129,29 @@ class Engine:
     def unload(self) -> None:
         """Free weights, contexts and buffers; load() brings them back."""
         self._executor.unload()
+
+    def missing_lora_plans(self, blocks: Sequence[str]) -> list[str]:
+        """Return the blocks whose variant `lora_plans.build_lora_plans` must build first."""
+        return self._executor.missing_lora_plans(blocks)
+
+    def use_adapters(self, adapters: Adapters) -> None:
+        """Add low-rank factors to Linears; they replace those that were in use.
+
+        Blocks without an adapter run their own plan, so no adapters at all give the results of
+        before, bit for bit.
+
+        Args:
+            adapters: By block, then by Linear.
+
+        Raises:
+            BlockInputError: The engine has no such block; nothing has changed.
+            LoraPlanMissingError: A variant was not built; nothing has changed.
+            AdapterError: Factors do not fit; nothing has changed.
+        """
+        for block in adapters:
+            if block not in self._entries:
+                raise BlockInputError(block, f"the engine has {len(self._entries)} other blocks")
+        self._executor.use(adapters)
 
     def run(self, block: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Run one block.

@@ -231,6 +231,25 @@ class BlockInputError(EngineError):
         super().__init__(f"Block '{block}' cannot run: {problem}.")
 
 
+class AdapterError(EngineError):
+    """Low-rank factors that do not fit a Linear."""
+
+    def __init__(self, block: str, linear: str, problem: str) -> None:
+        self.block, self.linear, self.problem = block, linear, problem
+        super().__init__(f"The adapter for '{block}.{linear}' cannot be used: {problem}.")
+
+
+class LoraPlanMissingError(EngineError):
+    """Blocks whose variant for LoRA has no plan, or none that belongs to this engine."""
+
+    def __init__(self, blocks: Sequence[str]) -> None:
+        self.blocks = tuple(blocks)
+        super().__init__(
+            f"{len(self.blocks)} blocks have no plan that takes a LoRA (first: "
+            f"'{self.blocks[0]}'). Queue the workflow again to build them."
+        )
+
+
 class EngineNotLoadedError(EngineError):
     """A run before load() or after unload()."""
 

@@ -2,66 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .adapters import Adapters, FactorStore, factor_inputs
 from .backend import Backend, RuntimeLog, runtime_log
 from .cuda_access import CudaAccess
-from .errors import EngineNotLoadedError, ExecutionError
+from .errors import EngineNotLoadedError, ExecutionError, LoraPlanMissingError
+from .lora_plans import lora_plans
 from .manifest import EngineManifest, PlanEntry, read_plan
+from .plan_context import TORCH_DTYPES, PlanContext, ScratchMemory
 from .runtime_cache import FILE_NAME, RuntimeCache
 
-TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TRT_DTYPES = {"bf16": "BF16", "fp16": "HALF", "fp32": "FLOAT"}
-Shapes = tuple[tuple[int, ...], ...]
-
-
-class ScratchMemory:
-    """One buffer for the activations of all blocks, which run one after the other on one stream.
-
-    torch's CUDA allocator aligns to 512 bytes; TensorRT needs 256.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._buffer = torch.empty(0, dtype=torch.uint8, device=device)
-
-    @property
-    def address(self) -> int:
-        """Device pointer of the buffer."""
-        return self._buffer.data_ptr()
-
-    @property
-    def size_bytes(self) -> int:
-        """Size of the buffer."""
-        return self._buffer.nbytes
-
-    def reserve(self, size_bytes: int) -> None:
-        """Make the buffer at least `size_bytes` large; its content is not kept."""
-        if size_bytes > self.size_bytes:
-            device = self._buffer.device
-            # the old buffer goes first: at large sizes both would not fit
-            self._buffer = torch.empty(0, dtype=torch.uint8, device=device)
-            self._buffer = torch.empty(size_bytes, dtype=torch.uint8, device=device)
-
-
-@dataclass
-class LoadedBlock:
-    """A deserialized plan with its context and what was last set on it."""
-
-    entry: PlanEntry
-    engine: Any
-    context: Any
-    shapes: Shapes = ()
-    output_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    seen: set[Shapes] = field(default_factory=set)
-    """Shapes whose kernels exist."""
-    scratch_bytes: int = 0
-    scratch: tuple[int, int] = (0, 0)
-    """Address and size of the scratch memory that the context knows."""
 
 
 class TensorRTExecutor:
@@ -85,7 +41,9 @@ class TensorRTExecutor:
         self._cuda = cuda or CudaAccess()
         self._log: RuntimeLog = runtime_log(backend)
         self._runtime: Any = None
-        self._blocks: dict[str, LoadedBlock] = {}
+        self._blocks: dict[str, PlanContext] = {}
+        self._variants: dict[str, PlanEntry] = {}
+        self._factors = FactorStore()
         self._scratch: ScratchMemory | None = None
         self._cache: RuntimeCache | None = None
         self._has_new_kernels = False
@@ -98,8 +56,13 @@ class TensorRTExecutor:
 
     @property
     def weight_bytes(self) -> int:
-        """GPU memory of the weights: a plan is its weights and a few hundred kilobytes."""
-        return self._manifest.plan_bytes
+        """GPU memory of weights and factors: a plan is its weights and a few hundred kilobytes."""
+        return sum(entry.bytes for _, entry in self._plans()) + self._factors.bytes
+
+    @property
+    def activation_bytes(self) -> int:
+        """Scratch memory of the largest block at the profile's maximum."""
+        return max((entry.activation_bytes for _, entry in self._plans()), default=0)
 
     @property
     def scratch_bytes(self) -> int:
@@ -120,7 +83,8 @@ class TensorRTExecutor:
         complete = False
         try:
             with self._cuda.activated(device):
-                self._load_blocks()
+                self._start()
+                self._load_plans()
             complete = True
         finally:
             if not complete:
@@ -135,6 +99,45 @@ class TensorRTExecutor:
             self._save_kernels()
         self._release()
 
+    def missing_lora_plans(self, blocks: Sequence[str]) -> list[str]:
+        """Return the blocks whose variant must be built before they can take adapters."""
+        plans = lora_plans(self._engine_dir, self._manifest)
+        return [block for block in blocks if block not in plans]
+
+    def use(self, adapters: Adapters) -> None:
+        """Run these adapters, and no others, from the next run on.
+
+        Blocks with an adapter run their variant's plan, all others their own. What is loaded and
+        does not change stays loaded.
+
+        Raises:
+            LoraPlanMissingError: A variant was not built; nothing has changed.
+            AdapterError: Factors do not fit; nothing has changed.
+            EngineError: A variant could not be loaded; nothing stays loaded then.
+        """
+        plans = lora_plans(self._engine_dir, self._manifest) if adapters else {}
+        missing = [block for block in adapters if block not in plans]
+        if missing:
+            raise LoraPlanMissingError(missing)
+        inputs = {
+            block: factor_inputs(block, plans[block].inputs, linears)
+            for block, linears in adapters.items()
+        }
+        self._variants = {block: plans[block] for block in adapters}
+        self._factors.replace(inputs, TORCH_DTYPES[self._manifest.high_precision])
+        if not self._blocks:
+            return
+        complete = False
+        try:
+            with self._cuda.activated(self._device):
+                # plans and factors that go may still be in use
+                self._cuda.synchronize()
+                self._load_plans()
+            complete = True
+        finally:
+            if not complete:
+                self._release()
+
     def run(self, block: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Enqueue one block; the results are valid on torch's current stream.
 
@@ -146,45 +149,53 @@ class TensorRTExecutor:
         if loaded is None or self._scratch is None:
             raise EngineNotLoadedError(block)
         # alive until the end of this call, by when the current stream waits for the engine's
-        tensors = {
-            spec.name: inputs[spec.name].to(self._device, TORCH_DTYPES[spec.dtype]).contiguous()
-            for spec in loaded.entry.inputs
-        }
-        self._set_shapes(loaded, tensors)
-        self._set_scratch(loaded, self._scratch)
-        outputs = {
-            spec.name: torch.empty(
-                loaded.output_shapes[spec.name],
-                dtype=TORCH_DTYPES[spec.dtype],
-                device=self._device,
-            )
-            for spec in loaded.entry.outputs
-        }
-        for name, tensor in (*tensors.items(), *outputs.items()):
-            self._require(
-                loaded.context.set_tensor_address(name, tensor.data_ptr()),
-                block,
-                "set_tensor_address",
-            )
+        tensors = loaded.converted(inputs)
+        if self._has_new_kernels and loaded.has_seen(tensors):
+            self._save_kernels()
+        if loaded.set_shapes(tensors):
+            self._has_new_kernels = True
+        loaded.set_scratch(self._scratch)
+        outputs = loaded.bind(tensors)
         with self._cuda.ordered_stream(self._device) as stream:
-            self._require(loaded.context.execute_async_v3(stream), block, "execute_async_v3")
+            loaded.execute(stream)
         return outputs
 
-    def _load_blocks(self) -> None:
+    def _plans(self) -> Iterator[tuple[str, PlanEntry]]:
+        """Yield each block with the plan it shall run."""
+        for entry in self._manifest.blocks:
+            yield entry.block, self._variants.get(entry.block, entry)
+
+    def _start(self) -> None:
         self._log.take_errors()
         self._runtime = self._backend.module.Runtime(self._log.interface)
         if self._backend.has_runtime_cache:
             owner = f"{self._backend.label} on {self._device_name()}"
             self._cache = RuntimeCache(self._engine_dir / FILE_NAME, owner)
-        for entry in self._manifest.blocks:
-            engine = self._runtime.deserialize_cuda_engine(read_plan(self._engine_dir, entry))
-            self._require(engine is not None, entry.block, "deserialize_cuda_engine")
-            self._check_signature(entry, engine)
-            context = self._context(engine)
-            self._require(context is not None, entry.block, "create_execution_context")
-            self._blocks[entry.block] = LoadedBlock(entry, engine, context)
         self._scratch = ScratchMemory(self._device)
-        self._save_kernels()
+
+    def _load_plans(self) -> None:
+        """Load what shall run and is not loaded; one plan at a time goes for another."""
+        loaded = 0
+        for block, entry in self._plans():
+            present = self._blocks.get(block)
+            if present is None or present.entry.key != entry.key:
+                if present is not None:
+                    self._blocks.pop(block).release()
+                self._blocks[block] = self._loaded(entry)
+                loaded += 1
+        self._factors.place(lambda tensor: tensor.to(self._device))
+        for block in self._factors.blocks:
+            self._blocks[block].set_factors(self._factors.inputs_of(block))
+        if loaded:
+            self._save_kernels()
+
+    def _loaded(self, entry: PlanEntry) -> PlanContext:
+        engine = self._runtime.deserialize_cuda_engine(read_plan(self._engine_dir, entry))
+        self._require(engine is not None, entry.block, "deserialize_cuda_engine")
+        self._check_signature(entry, engine)
+        context = self._context(engine)
+        self._require(context is not None, entry.block, "create_execution_context")
+        return PlanContext(entry, engine, context, self._device, self._require)
 
     def _device_name(self) -> str:
         return torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "cpu"
@@ -215,35 +226,6 @@ class TensorRTExecutor:
         self._cache.attach(config)
         return engine.create_execution_context(config)
 
-    def _set_shapes(self, loaded: LoadedBlock, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Set shapes when they differ from the last run's; a sampler repeats them every step."""
-        shapes = tuple(tuple(tensor.shape) for tensor in tensors.values())
-        if shapes in loaded.seen and self._has_new_kernels:
-            self._save_kernels()
-        if shapes == loaded.shapes:
-            return
-        context, block = loaded.context, loaded.entry.block
-        # forgotten first: after a failure the next run must set all of them again
-        loaded.shapes = ()
-        for name, shape in zip(tensors, shapes, strict=True):
-            self._require(context.set_input_shape(name, shape), block, f"set_input_shape '{name}'")
-        loaded.scratch_bytes = context.update_device_memory_size_for_shapes()
-        # the context asks for its memory again after the sizes were computed
-        loaded.scratch = (0, 0)
-        loaded.output_shapes = {
-            spec.name: tuple(context.get_tensor_shape(spec.name)) for spec in loaded.entry.outputs
-        }
-        loaded.shapes = shapes
-        self._has_new_kernels = self._has_new_kernels or shapes not in loaded.seen
-        loaded.seen.add(shapes)
-
-    def _set_scratch(self, loaded: LoadedBlock, scratch: ScratchMemory) -> None:
-        scratch.reserve(loaded.scratch_bytes)
-        wanted = (scratch.address, scratch.size_bytes)
-        if loaded.scratch != wanted:
-            loaded.context.set_device_memory(*wanted)
-            loaded.scratch = wanted
-
     def _save_kernels(self) -> None:
         """Store what was compiled: after loading, when shapes repeat, and before unloading."""
         self._has_new_kernels = False
@@ -253,9 +235,9 @@ class TensorRTExecutor:
     def _release(self) -> None:
         # contexts before engines before the runtime
         for loaded in self._blocks.values():
-            loaded.context = None
-            loaded.engine = None
+            loaded.release()
         self._blocks = {}
+        self._factors.release()
         if self._cache is not None:
             self._cache.close()
             self._cache = None

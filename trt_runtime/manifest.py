@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .backend import Backend
+from .contract import BLOCK_NAME, TensorSpec, block_names, has_factor_shape, input_names
 from .digest import digest_of_bytes, digest_of_file
 from .errors import (
     EngineStaleError,
@@ -20,13 +22,17 @@ from .errors import (
     PlanMissingError,
     PlanTruncatedError,
 )
-from .signature import BLOCK_NAME, TensorSpec, block_names
 from .spec import BuildSpec, ShapeProfile
 from .store import write_atomic
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 UNFINISHED = "build.json"
 """A manifest of the blocks that an unfinished build has stored; same format."""
+
+LORA = "lora.json"
+"""A manifest of the variants for LoRA that were needed so far; same format."""
 
 MAX_MANIFEST_BYTES = 8 << 20
 KEY_DIGITS = 12
@@ -65,7 +71,12 @@ class PlanEntry(_Strict):
     outputs: tuple[TensorSpec, ...]
 
     @model_validator(mode="after")
-    def _file_is_named_by_block_and_key(self) -> PlanEntry:
+    def _shapes_and_file_are_of_this_block(self) -> PlanEntry:
+        if {spec.name for spec in self.inputs} != set(input_names(self.block, self.kind)):
+            raise ValueError(f"the inputs are not those of '{self.block}'")
+        for spec in self.inputs:
+            if not has_factor_shape(spec):
+                raise ValueError(f"input '{spec.name}' has the shape {list(spec.shape)}")
         expected = plan_file_name(self.block, self.key)
         if self.file != expected:
             # also refuses every path: separators cannot occur in the expected name
@@ -106,6 +117,11 @@ class EngineManifest(_Strict):
     def plan_bytes(self) -> int:
         """Size of all plans."""
         return sum(entry.bytes for entry in self.blocks)
+
+    def is_variant_of(self, engine: EngineManifest) -> bool:
+        """Tell whether plans described here can stand in for those of an engine."""
+        fields = ("backend", "backend_version", "targets", "profile", "checkpoint_digest")
+        return all(getattr(self, field) == getattr(engine, field) for field in fields)
 
     @property
     def built_with(self) -> str:
@@ -156,6 +172,19 @@ def read_manifest_file(path: Path) -> EngineManifest:
         first = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"]) or "file"
         raise ManifestInvalidError(path, field, first["msg"]) from error
+
+
+def lora_manifest(engine_dir: Path, engine: EngineManifest) -> EngineManifest | None:
+    """Return the manifest of the variants that belong to an engine; None if there is none."""
+    path = engine_dir / LORA
+    if not path.is_file():
+        return None
+    try:
+        variants = read_manifest_file(path)
+    except ManifestInvalidError as error:
+        logger.warning("The plans for LoRA are built again: %s", error)
+        return None
+    return variants if variants.is_variant_of(engine) else None
 
 
 def write_manifest(path: Path, manifest: EngineManifest) -> None:

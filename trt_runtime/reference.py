@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from .errors import EngineNotLoadedError
+from .adapters import Adapters, FactorStore, factor_inputs
+from .contract import lora_variant
+from .errors import BlocksMissingError, BlocksMixedError, EngineNotLoadedError
 from .reference_graph import reference_model
-from .signature import read_block_folder
+from .signature import BlockSignature, read_block_folder, read_signature
 
 if TYPE_CHECKING:
     import onnxruntime
+
+    Session = tuple[Path, onnxruntime.InferenceSession]
+    """With the file it was made from."""
 
 MAX_THREADS = 16
 """Beyond this, blocks of FLUX size gain nothing on a desktop CPU and take threads from ComfyUI."""
@@ -33,8 +38,11 @@ class ReferenceExecutor:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._signatures = read_block_folder(folder)
-        self._sessions: dict[str, onnxruntime.InferenceSession] = {}
+        self._folder = folder
+        self._signatures = {s.block: s for s in read_block_folder(folder)}
+        self._variants: dict[str, BlockSignature] = {}
+        self._factors = FactorStore()
+        self._sessions: dict[str, Session] = {}
 
     @property
     def loaded(self) -> bool:
@@ -43,32 +51,58 @@ class ReferenceExecutor:
 
     @property
     def weight_bytes(self) -> int:
-        """Main memory that the weights take."""
-        packed = sum(entry.length for block in self._signatures for entry in block.ranges)
-        return BYTES_PER_PACKED_BYTE * packed
+        """Main memory that weights and factors take."""
+        packed = sum(entry.length for used in self._used() for entry in used.ranges)
+        return BYTES_PER_PACKED_BYTE * packed + self._factors.bytes
+
+    @property
+    def activation_bytes(self) -> int:
+        """Unknown: ONNX Runtime allocates and frees as it goes."""
+        return 0
 
     def load(self, device: torch.device) -> None:
         """Create a session per block; `device` is where inputs come from and does not matter."""
         del device
         if self._sessions:
             return
-        self._sessions = {
-            signature.block: session_from_onnx(signature.path) for signature in self._signatures
-        }
+        self._create_sessions()
 
     def unload(self) -> None:
         """Free all sessions."""
         self._sessions = {}
+        self._factors.release()
+
+    def missing_lora_plans(self, blocks: Sequence[str]) -> list[str]:
+        """Return nothing: what runs is the exported variant itself."""
+        del blocks
+        return []
+
+    def use(self, adapters: Adapters) -> None:
+        """Run these adapters, and no others, from the next run on.
+
+        Raises:
+            BlocksMissingError: The checkpoint was exported without variants; nothing has changed.
+            AdapterError: Factors do not fit; nothing has changed.
+        """
+        variants = {block: self._variant(block) for block in adapters}
+        inputs = {
+            block: factor_inputs(block, variants[block].inputs, linears)
+            for block, linears in adapters.items()
+        }
+        self._variants = variants
+        self._factors.replace(inputs, torch.float32)
+        if self._sessions:
+            self._create_sessions()
 
     def run(self, block: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Run one block in fp32 on the CPU; results are fp32 on the inputs' device."""
-        session = self._sessions.get(block)
+        _, session = self._sessions.get(block, (None, None))
         if session is None:
             raise EngineNotLoadedError(block)
         device = next(iter(inputs.values())).device
         feed = {
             name: tensor.detach().to("cpu", torch.float32).contiguous().numpy()
-            for name, tensor in inputs.items()
+            for name, tensor in (*inputs.items(), *self._factors.inputs_of(block).items())
         }
         names = [output.name for output in session.get_outputs()]
         results = session.run(names, feed)
@@ -76,6 +110,29 @@ class ReferenceExecutor:
             name: torch.from_numpy(result).to(device)
             for name, result in zip(names, results, strict=True)
         }
+
+    def _used(self) -> Iterator[BlockSignature]:
+        for block, signature in self._signatures.items():
+            yield self._variants.get(block, signature)
+
+    def _create_sessions(self) -> None:
+        """Load what shall run and is not loaded."""
+        for block, signature in zip(self._signatures, self._used(), strict=True):
+            path, _ = self._sessions.get(block, (None, None))
+            if path != signature.path:
+                # the old one goes first
+                self._sessions.pop(block, None)
+                self._sessions[block] = (signature.path, session_from_onnx(signature.path))
+        self._factors.place(lambda tensor: tensor)
+
+    def _variant(self, block: str) -> BlockSignature:
+        path = self._folder / f"{lora_variant(block)}.onnx"
+        if not path.is_file():
+            raise BlocksMissingError(self._folder, [lora_variant(block)])
+        variant = read_signature(path)
+        if variant.checkpoint_digest != self._signatures[block].checkpoint_digest:
+            raise BlocksMixedError(self._folder, f"'{path.name}' is of other weights")
+        return variant
 
 
 def session_from_onnx(path: Path) -> onnxruntime.InferenceSession:

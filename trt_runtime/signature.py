@@ -9,40 +9,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .contract import (
+    BLOCK_NAME,
+    CONTRACT,
+    HIGH_PRECISION,
+    LORA_SUFFIX,
+    OUTPUTS,
+    TensorSpec,
+    block_names,
+    has_factor_shape,
+    input_names,
+    is_axis,
+)
 from .errors import BlockContractError, BlocksMissingError, BlocksMixedError
 from .external_data import ByteRange, weight_ranges
 
 if TYPE_CHECKING:
     import onnx
 
-CONTRACT = "2"
 MAX_ONNX_BYTES = 16 << 20
 """A block holds no weights (exports are below 300 KB); bounds what a hostile file costs."""
 
 DYNAMIC_QUANTIZE = "TRT_FP4DynamicQuantize"
-BLOCK_NAME = re.compile(r"(double|single)_blocks\.(0|[1-9]\d{0,3})")
-MODULATIONS = tuple(f"mod{i}_{part}" for i in (1, 2) for part in ("shift", "scale", "gate"))
-INPUTS = {
-    "double": (
-        "img", "txt", "cos", "sin",
-        *(f"{stream}_{name}" for stream in ("img", "txt") for name in MODULATIONS),
-    ),
-    "single": ("x", "cos", "sin", "mod_shift", "mod_scale", "mod_gate"),
-}  # fmt: skip
-OUTPUTS = {"double": ("img_out", "txt_out"), "single": ("x_out",)}
-HIGH_PRECISION = ("bf16", "fp16", "fp32")
-DYNAMIC_AXES = ("B", "N", "T", "S")
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """Name, type and shape of a graph input or output."""
-
-    name: str
-    dtype: str
-    """"bf16", "fp16" or "fp32"."""
-    shape: tuple[int | str, ...]
-    """Numbers, or the dynamic axes B (batch), N (image tokens), T (text tokens), S (both)."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +39,7 @@ class BlockSignature:
 
     path: Path
     block: str
-    """Such as "double_blocks.0"; also the file's stem."""
+    """Such as "double_blocks.0", or "double_blocks.0.lora" for its variant; the file's stem."""
     kind: str
     """"double" or "single"."""
     hidden_size: int
@@ -72,17 +60,6 @@ class BlockSignature:
     weights: Path | None
     """The safetensors file that holds the initializers."""
     ranges: tuple[ByteRange, ...]
-
-    @property
-    def index(self) -> int:
-        """Position among the blocks of its kind."""
-        return int(self.block.rsplit(".", 1)[1])
-
-
-def block_names(depth: int, depth_single_blocks: int) -> tuple[str, ...]:
-    """Return the blocks of a model in the order they run."""
-    double = (f"double_blocks.{i}" for i in range(depth))
-    return (*double, *(f"single_blocks.{i}" for i in range(depth_single_blocks)))
 
 
 def read_signature(path: Path) -> BlockSignature:
@@ -116,7 +93,7 @@ def read_signature(path: Path) -> BlockSignature:
         hidden_size=reader.number("hidden_size"),
         num_heads=reader.number("num_heads"),
         high_precision=high_precision,
-        inputs=_specs(path, model.graph.input, INPUTS[kind]),
+        inputs=_specs(path, model.graph.input, input_names(block, kind)),
         outputs=_specs(path, model.graph.output, OUTPUTS[kind]),
         fp4_linears=fp4_linears,
         fp8_linears=fp8_linears,
@@ -131,7 +108,7 @@ def read_signature(path: Path) -> BlockSignature:
 
 
 def read_block_folder(folder: Path) -> tuple[BlockSignature, ...]:
-    """Read all blocks of a model in the order they run.
+    """Read all blocks of a model in the order they run; variants are not read.
 
     Raises:
         BlocksMissingError: a block of the model has no file.
@@ -139,7 +116,7 @@ def read_block_folder(folder: Path) -> tuple[BlockSignature, ...]:
     """
     signatures = {}
     for path in sorted(folder.glob("*.onnx")):
-        if BLOCK_NAME.fullmatch(path.stem):
+        if BLOCK_NAME.fullmatch(path.stem) and not path.stem.endswith(LORA_SUFFIX):
             signatures[path.stem] = read_signature(path)
     if not signatures:
         raise BlocksMissingError(folder, block_names(1, 0))
@@ -223,12 +200,15 @@ def _specs(
         shape = tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim)
         if tensor.elem_type not in dtypes:
             raise BlockContractError(path, f"'{value.name}' has an unexpected type")
-        if not all(d in DYNAMIC_AXES if isinstance(d, str) else 0 < d <= 1 << 20 for d in shape):
+        if not all(is_axis(d) if isinstance(d, str) else 0 < d <= 1 << 20 for d in shape):
             raise BlockContractError(path, f"'{value.name}' has an unexpected shape {shape}")
         specs[value.name] = TensorSpec(value.name, dtypes[tensor.elem_type], shape)
     if specs.keys() != set(names):
         wrong = sorted(specs.keys() ^ set(names))
         raise BlockContractError(path, f"inputs and outputs differ from the contract at {wrong}")
+    wrong = [spec.name for spec in specs.values() if not has_factor_shape(spec)]
+    if wrong:
+        raise BlockContractError(path, f"'{wrong[0]}' has no shape of a low-rank factor")
     return tuple(specs.values())
 
 

@@ -9,6 +9,9 @@ from .errors import BuildSpecError, ShapeProfileError
 
 BACKENDS = ("tensorrt_rtx", "tensorrt")
 
+RANK_AXIS = "R_"
+"""Start of the name of an axis that is the rank of a Linear's adapters."""
+
 FP4_TARGETS = ("sm100", "sm103", "sm120", "sm121")
 """GPU generations with NVFP4 tensor cores (Blackwell)."""
 
@@ -21,6 +24,13 @@ BF16_MIN_SM = 80
 RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 """Members of tensorrt_rtx.ComputeCapability in 1.7."""
 
+
+MAX_LORA_RANK = 512
+"""Largest rank of all adapters on one Linear together, SVDQuant's branch included. Raise
+`plan.SETTINGS_VERSION` with it: it is part of every variant's optimization profile."""
+
+OPT_LORA_RANK = 32
+"""The rank that most FLUX LoRAs have, or half of it twice."""
 
 FP8_ATTENTION_MIN_TOKENS = 32
 """TensorRT-RTX 1.7 fuses FP8 attention only if the profile's minimum of image and text tokens
@@ -90,9 +100,14 @@ class ShapeProfile:
         return TokenRange("image and text", low, middle, high, "megapixels")
 
     def bounds(self, axis: str) -> tuple[int, int, int]:
-        """Return (min, opt, max) of axis B, N, T or S for an optimization profile."""
+        """Return (min, opt, max) of a dynamic axis for an optimization profile.
+
+        Axes are B, N, T, S, and ``R_<linear>`` for the rank of a Linear's adapters.
+        """
         if axis == "B":
             return 1, 1, self.max_batch
+        if axis.startswith(RANK_AXIS):
+            return 1, OPT_LORA_RANK, MAX_LORA_RANK
         tokens = self.range(axis)
         return tokens.minimum, tokens.optimum, tokens.maximum
 

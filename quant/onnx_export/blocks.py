@@ -18,23 +18,25 @@ from .linears import linear
 _TO_END = 2**62
 
 
-def block_model(checkpoint: QuantizedCheckpoint, block: str) -> ir.Model:
+def block_model(checkpoint: QuantizedCheckpoint, block: str, lora: bool = False) -> ir.Model:
     """Author the ONNX model of one block.
 
     Inputs and outputs: ``img [B, N, D]`` and ``txt [B, T, D]`` to ``img_out``, ``txt_out``
     (double), or ``x [B, S, D]`` to ``x_out`` (single); ``cos`` and ``sin``, fp32
     ``[B, S, head_dim / 2]``; modulation vectors ``[B, 1, D]`` under the names of ``contract.py``.
+    The LoRA variant also has ``<linear>.lora_down [K, R]`` and ``<linear>.lora_up [R, N]``.
 
     Args:
         checkpoint: Header of the quantized checkpoint.
         block: For example ``single_blocks.3``.
+        lora: Whether to author the variant whose Linears take low-rank factors.
 
     Returns:
         The model. Its weights are external: byte ranges of the checkpoint, by its file name.
     """
-    author = _Author(BlockGraph(checkpoint, block), checkpoint.metadata.config)
+    author = _Author(BlockGraph(checkpoint, block, lora), checkpoint.metadata.config)
     outputs = author.double() if block_kind(block) == "double" else author.single()
-    return author.graph.model(outputs, contract_metadata(checkpoint, block))
+    return author.graph.model(outputs, contract_metadata(checkpoint, block, lora))
 
 
 def modulate(graph: BlockGraph, x: ir.Value, shift: ir.Value, scale: ir.Value) -> ir.Value:

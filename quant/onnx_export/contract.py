@@ -23,13 +23,34 @@ DOUBLE_MODULATION = tuple(
 SINGLE_MODULATION = ("mod_shift", "mod_scale", "mod_gate")
 
 
+LORA_SUFFIX = ".lora"
+"""Behind the name of a block whose Linears take low-rank factors as inputs."""
+
+
+def lora_down(linear: str) -> str:
+    """Return the name of the factor ``[K, R]`` that is applied first."""
+    return f"{linear}.lora_down"
+
+
+def lora_up(linear: str) -> str:
+    """Return the name of the factor ``[R, N]`` that is applied second."""
+    return f"{linear}.lora_up"
+
+
+def lora_rank_axis(linear: str) -> str:
+    """Return the name of the dynamic axis R: every Linear may have another rank."""
+    return f"R_{linear}"
+
+
 def block_kind(block: str) -> str:
     """Return ``double`` or ``single``."""
     return "double" if block.startswith("double_blocks.") else "single"
 
 
-def contract_metadata(checkpoint: QuantizedCheckpoint, block: str) -> dict[str, str]:
-    """Return the ``metadata_props`` of a block's ONNX file."""
+def contract_metadata(
+    checkpoint: QuantizedCheckpoint, block: str, lora: bool = False
+) -> dict[str, str]:
+    """Return the ``metadata_props`` of a block's ONNX file or of its LoRA variant's."""
     metadata = checkpoint.metadata
     config = metadata.config
     formats = {
@@ -41,7 +62,7 @@ def contract_metadata(checkpoint: QuantizedCheckpoint, block: str) -> dict[str, 
     )
     return {
         "flux_fp4.contract": str(CONTRACT_VERSION),
-        "flux_fp4.block": block,
+        "flux_fp4.block": block + LORA_SUFFIX if lora else block,
         "flux_fp4.kind": block_kind(block),
         "flux_fp4.hidden_size": str(config.hidden_size),
         "flux_fp4.num_heads": str(config.num_heads),

@@ -19,13 +19,13 @@ from ..errors import OnnxExportMissingError
 from ..progress import Progress
 from ..quantized_checkpoint import QuantizedCheckpoint
 from .blocks import block_model
-from .contract import contract_metadata
+from .contract import LORA_SUFFIX, contract_metadata
 
 logger = logging.getLogger(__name__)
 
 
 def export_blocks(checkpoint: Path, progress: Progress) -> tuple[Path, ...]:
-    """Export every block of a quantized checkpoint.
+    """Export every block of a quantized checkpoint, and its variant for LoRA beside it.
 
     Each file is checked with ``onnx.checker`` (full check) under a temporary name before it takes
     its own, so an interrupted export leaves whole files only.
@@ -35,7 +35,7 @@ def export_blocks(checkpoint: Path, progress: Progress) -> tuple[Path, ...]:
         progress: Called before each block; may raise to cancel.
 
     Returns:
-        The ONNX files in the order in which samples pass through the blocks.
+        The ONNX files in the order in which samples pass through the blocks, without variants.
 
     Raises:
         QuantizedCheckpointError: The file is no quantized checkpoint of this version.
@@ -46,9 +46,9 @@ def export_blocks(checkpoint: Path, progress: Progress) -> tuple[Path, ...]:
     paths = []
     for done, block in enumerate(blocks):
         progress(f"Exporting {block}", done, len(blocks))
-        path = onnx_path(checkpoint, block)
-        write_checked(block_model(header, block), path)
-        paths.append(path)
+        for lora in (False, True):
+            write_checked(block_model(header, block, lora), onnx_path(checkpoint, block, lora))
+        paths.append(onnx_path(checkpoint, block))
     progress("Exported", len(blocks), len(blocks))
     seconds = time.monotonic() - started
     logger.info("Exported %d blocks of %s in %.1f s", len(blocks), checkpoint.name, seconds)
@@ -56,7 +56,7 @@ def export_blocks(checkpoint: Path, progress: Progress) -> tuple[Path, ...]:
 
 
 def exported_blocks(checkpoint: Path) -> tuple[Path, ...]:
-    """Return the ONNX files of a checkpoint if they are complete and belong to it.
+    """Return the ONNX files of a checkpoint if they and their variants are complete and its own.
 
     Raises:
         OnnxExportMissingError: A file is absent or was exported from other tensors.
@@ -64,20 +64,21 @@ def exported_blocks(checkpoint: Path) -> tuple[Path, ...]:
     header = QuantizedCheckpoint.read(checkpoint)
     paths = []
     for block in header.metadata.config.block_names:
-        path = onnx_path(checkpoint, block)
-        if not path.is_file():
-            raise OnnxExportMissingError(header.name, f"'{path.name}' is missing")
-        model = onnx.load(path, load_external_data=False)
-        found = {entry.key: entry.value for entry in model.metadata_props}
-        if found != contract_metadata(header, block):
-            raise OnnxExportMissingError(header.name, f"'{path.name}' is of another checkpoint")
-        paths.append(path)
+        for lora in (False, True):
+            path = onnx_path(checkpoint, block, lora)
+            if not path.is_file():
+                raise OnnxExportMissingError(header.name, f"'{path.name}' is missing")
+            model = onnx.load(path, load_external_data=False)
+            found = {entry.key: entry.value for entry in model.metadata_props}
+            if found != contract_metadata(header, block, lora):
+                raise OnnxExportMissingError(header.name, f"'{path.name}' is of another checkpoint")
+        paths.append(onnx_path(checkpoint, block))
     return tuple(paths)
 
 
-def onnx_path(checkpoint: Path, block: str) -> Path:
-    """Return where the ONNX file of a block lies."""
-    return checkpoint.with_name(f"{block}.onnx")
+def onnx_path(checkpoint: Path, block: str, lora: bool = False) -> Path:
+    """Return where the ONNX file of a block or of its LoRA variant lies."""
+    return checkpoint.with_name(f"{block}{LORA_SUFFIX if lora else ''}.onnx")
 
 
 def write_checked(model: ir.Model, path: Path) -> None:

@@ -41,16 +41,21 @@ class BlockGraph:
     Attributes:
         high_precision: ONNX type of everything that is not quantized.
         hidden_size: Width of a token.
+        lora: Whether every Linear takes low-rank factors as inputs.
     """
 
-    def __init__(self, checkpoint: QuantizedCheckpoint, block: str | None) -> None:
+    def __init__(
+        self, checkpoint: QuantizedCheckpoint, block: str | None, lora: bool = False
+    ) -> None:
         """Begin an empty graph.
 
         Args:
             checkpoint: Header of the quantized checkpoint.
             block: Tensors are named relative to it; None: by their full names.
+            lora: Whether low-rank factors come in as graph inputs.
         """
         self._checkpoint = checkpoint
+        self.lora = lora
         self._name = block or "transformer"
         self._prefix = f"{block}." if block else ""
         self.hidden_size = checkpoint.metadata.config.hidden_size
@@ -122,6 +127,11 @@ class BlockGraph:
     def linear_format(self, linear: str) -> Format:
         """Tell the format in which a Linear is stored."""
         return self._checkpoint.linear_format(self._prefix + linear)
+
+    def linear_shape(self, linear: str) -> tuple[int, int]:
+        """Return ``(N, K)`` of a Linear's weight."""
+        outputs, inputs = _logical_shape(self._checkpoint.tensors[f"{self._prefix}{linear}.weight"])
+        return outputs, inputs
 
     def constant(self, name: str, value: float | np.ndarray) -> ir.Value:
         """Return a constant in the high-precision type; one initializer per name."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from ..nvfp4 import NVFP4_BLOCK
+from .contract import lora_down, lora_rank_axis, lora_up
 from .graph import TRT_DOMAIN, BlockGraph
 
 
@@ -12,7 +13,8 @@ def linear(graph: BlockGraph, name: str, x: ir.Value, shape: tuple[int | str, ..
     """Emit one Linear with its bias.
 
     The MatMul of the stored weight is called ``<name>/MatMul``: the lint of the builder's log
-    looks for it.
+    looks for it. In the LoRA variant of a block, every Linear has a branch whose factors are graph
+    inputs; it reads ``x`` after smoothing and before quantization, as SVDQuant's does.
 
     Args:
         graph: The block's graph.
@@ -33,6 +35,8 @@ def linear(graph: BlockGraph, name: str, x: ir.Value, shape: tuple[int | str, ..
         y = fp8_linear(graph, name, x)
     else:
         y = graph.op("MatMul", x, _transposed(graph, f"{name}.weight"), name=f"{name}/MatMul")
+    if graph.lora and kind != "nvfp4":
+        y = graph.op("Add", y, _input_branch(graph, name, x), name=f"{name}/Branch")
     if graph.has(f"{name}.bias"):
         y = graph.op("Add", y, graph.stored(f"{name}.bias"), name=f"{name}/Bias")
     return y
@@ -64,8 +68,11 @@ def nvfp4_linear(
     )
     rounded = _nvfp4_input(graph, linear, x, int(shape[-1]))
     y = graph.op("MatMul", rounded, weight, name=f"{linear}/MatMul")
-    if graph.has(f"{linear}.svd_down"):
-        y = graph.op("Add", y, _low_rank_branch(graph, linear, x), name=f"{linear}/Branch")
+    if graph.lora:
+        # the factors hold SVDQuant's branch as well: one pair of GEMMs serves both
+        y = graph.op("Add", y, _input_branch(graph, linear, x), name=f"{linear}/Branch")
+    elif graph.has(f"{linear}.svd_down"):
+        y = graph.op("Add", y, _stored_branch(graph, linear, x), name=f"{linear}/Branch")
     return graph.op("Reshape", y, graph.op("Concat", lead, graph.integers(-1), axis=0))
 
 
@@ -137,7 +144,16 @@ def fp8_linear(graph: BlockGraph, linear: str, x: ir.Value) -> ir.Value:
     return graph.op("Cast", y, name=f"{linear}/Cast_rows", to=high_precision)
 
 
-def _low_rank_branch(graph: BlockGraph, name: str, x: ir.Value) -> ir.Value:
+def _input_branch(graph: BlockGraph, name: str, x: ir.Value) -> ir.Value:
+    outputs, inputs = graph.linear_shape(name)
+    rank = lora_rank_axis(name)
+    down = graph.input(lora_down(name), (inputs, rank), graph.high_precision)
+    up = graph.input(lora_up(name), (rank, outputs), graph.high_precision)
+    y = graph.op("MatMul", x, down, name=f"{name}/Down")
+    return graph.op("MatMul", y, up, name=f"{name}/Up")
+
+
+def _stored_branch(graph: BlockGraph, name: str, x: ir.Value) -> ir.Value:
     down = graph.op("MatMul", x, _transposed(graph, f"{name}.svd_down"), name=f"{name}/Down")
     return graph.op("MatMul", down, _transposed(graph, f"{name}.svd_up"), name=f"{name}/Up")
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from block_inputs import block_inputs, embedded_sample
 from flux_fp4.quant.emulation import emulated_block, emulated_linear
-from flux_fp4.quant.flux.blocks import block_from_config, block_modulation
 from flux_fp4.quant.flux.model import Flux
 from flux_fp4.quant.onnx_export import export_blocks, onnx_path
 from flux_fp4.quant.onnx_export.graph import BlockGraph
@@ -18,6 +17,7 @@ from flux_fp4.quant.quantized_checkpoint import QuantizedCheckpoint
 from flux_fp4.quant.sqnr import sqnr_db
 from flux_fp4.trt_runtime.reference import session_from_onnx
 from mixed_checkpoint import FORMATS, linears_in_plans, save_mixed
+from stored_block import high_precision_block, run_by_name
 from tiny_flux import TINY, TINY_FLUX2, ignore_progress, random_flux
 
 MIN_LINEAR_DB = 60.0
@@ -48,17 +48,6 @@ def checkpoint(
     return result
 
 
-def high_precision_block(checkpoint: QuantizedCheckpoint, name: str) -> torch.nn.Module:
-    """The block with everything that is stored in high precision."""
-    block = block_from_config(name, checkpoint.metadata.config).requires_grad_(False)
-    tensors = checkpoint.block_tensors(name)
-    quantized = {f"{key.removesuffix('.input_scale')}.weight" for key in tensors}
-    state = block.state_dict()
-    state |= {key: tensors[key].float() for key in state if key not in quantized}
-    block.load_state_dict(state)
-    return block
-
-
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("name", ["double_blocks.0.txt_attn.qkv", "single_blocks.1.linear2"])
 def test_linear(tmp_path: Path, name: str, kind: str) -> None:
@@ -85,15 +74,11 @@ def test_linear(tmp_path: Path, name: str, kind: str) -> None:
 def test_block(checkpoint: QuantizedCheckpoint, name: str) -> None:
     module = high_precision_block(checkpoint, name)
     state = embedded_sample(config=checkpoint.metadata.config)
-    inputs = block_inputs(module, state)  # type: ignore[arg-type]
-    emulated = emulated_block(module, checkpoint.block_tensors(name))  # type: ignore[arg-type]
-    mods = block_modulation(emulated, state.vec, state.shared_mods)
-    if "txt" in inputs:
-        outputs = emulated(inputs["img"], inputs["txt"], state.cos, state.sin, mods)
-    else:
-        outputs = (emulated(inputs["x"], state.cos, state.sin, mods),)
+    inputs = block_inputs(module, state)
+    emulated = emulated_block(module, checkpoint.block_tensors(name))
+    outputs = run_by_name(emulated, inputs, state)
     session = session_from_onnx(onnx_path(checkpoint.path, name))
-    results = session.run(None, {key: value.numpy() for key, value in inputs.items()})
-    for expected, result in zip(outputs, results, strict=True):
+    results = session.run(list(outputs), {key: value.numpy() for key, value in inputs.items()})
+    for expected, result in zip(outputs.values(), results, strict=True):
         db = sqnr_db(expected, torch.from_numpy(result))
         assert db >= MIN_BLOCK_DB, f"{name}: {db:.1f} dB, at least {MIN_BLOCK_DB} expected"

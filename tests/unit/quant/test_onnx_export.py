@@ -316,9 +316,11 @@ def test_export_of_other_tensors_is_stale(exported: Path, quantized: QuantizedCh
         exported_blocks(exported)
 
 
-def test_missing_block_is_named(exported: Path) -> None:
-    onnx_path(exported, "single_blocks.1").unlink()
-    with pytest.raises(OnnxExportMissingError, match=r"single_blocks\.1\.onnx.*missing"):
+@pytest.mark.parametrize("lora", [False, True])
+def test_missing_block_is_named(exported: Path, lora: bool) -> None:
+    path = onnx_path(exported, "single_blocks.1", lora)
+    path.unlink()
+    with pytest.raises(OnnxExportMissingError, match=rf"'{path.name}' is missing"):
         exported_blocks(exported)
 
 
@@ -333,8 +335,9 @@ def test_cancel_leaves_whole_files_only(quantized: QuantizedCheckpoint, tmp_path
     with pytest.raises(KeyboardInterrupt):
         export_blocks(path, cancel)
     names = sorted(entry.name for entry in tmp_path.iterdir())
-    assert names == ["double_blocks.0.onnx", path.name]
-    onnx.checker.check_model(str(tmp_path / names[0]), full_check=True)
+    assert names == ["double_blocks.0.lora.onnx", "double_blocks.0.onnx", path.name]
+    for name in names[:2]:
+        onnx.checker.check_model(str(tmp_path / name), full_check=True)
 
 
 def test_unquantized_linears_become_plain_matmuls(tmp_path: Path) -> None:

@@ -6,13 +6,21 @@ import contextlib
 import enum
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from flux_fp4.trt_runtime.backend import Backend
+from flux_fp4.trt_runtime.contract import LORA_DOWN, LORA_UP
+from flux_fp4.trt_runtime.digest import digest_of_bytes
 from flux_fp4.trt_runtime.manifest import EngineManifest, PlanEntry
 
-TORCH_BYTES = {"BF16": 2, "HALF": 2, "FLOAT": 4}
+
+def with_fake_plan(engine_dir: Path, entry: PlanEntry) -> PlanEntry:
+    """Store the block's name as its plan."""
+    plan = entry.block.encode()
+    (engine_dir / entry.file).write_bytes(plan)
+    return entry.model_copy(update={"digest": digest_of_bytes(plan), "bytes": len(plan)})
 
 
 class DataType(enum.Enum):
@@ -43,6 +51,7 @@ class FakeLibrary:
     """Stands for the module; plans are the names of their blocks."""
 
     manifest: EngineManifest
+    variants: Sequence[PlanEntry] = ()
     bytes_per_token: int = 1000
     calls: list[tuple[Any, ...]] = field(default_factory=list)
     refused: set[str] = field(default_factory=set)
@@ -65,7 +74,7 @@ class FakeLibrary:
         return FakeRuntime(self)
 
     def entry_of(self, plan: bytes) -> PlanEntry:
-        return next(e for e in self.manifest.blocks if plan.startswith(e.block.encode()))
+        return next(e for e in (*self.manifest.blocks, *self.variants) if e.block.encode() == plan)
 
     def fails(self, call: str) -> bool:
         if call not in self.refused:
@@ -187,7 +196,7 @@ class FakeContext:
 
     def update_device_memory_size_for_shapes(self) -> int:
         assert self.shapes.keys() == {spec.name for spec in self.engine.entry.inputs}
-        tokens = max(shape[0] * shape[1] for shape in self.shapes.values())
+        tokens = max(shape[0] * shape[1] for shape in self.shapes.values() if len(shape) == 3)
         self.needed = tokens * self.library.bytes_per_token
         return self.needed
 
@@ -219,13 +228,20 @@ class FakeContext:
         return True
 
     def _compute(self) -> None:
-        """Write 2 * the first input to every output, through the raw addresses."""
+        """Write 2 * a stream to its output, and add what its first factors multiply to.
+
+        Reads and writes through the raw addresses.
+        """
         entry = self.engine.entry
         for spec in entry.outputs:
             source = spec.name.removesuffix("_out")
             value = self._tensor(source, self.shapes[source], spec.dtype)
             out = self._tensor(spec.name, tuple(self.get_tensor_shape(spec.name)), spec.dtype)
             out.copy_(2 * value)
+            for down in (s for s in entry.inputs if s.name.endswith(LORA_DOWN)):
+                up = self.engine.specs[down.name.removesuffix(LORA_DOWN) + LORA_UP]
+                factors = (self._tensor(s.name, self.shapes[s.name], s.dtype) for s in (down, up))
+                out.add_(torch.mm(*factors).sum())
 
     def _tensor(self, name: str, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
         import ctypes
@@ -256,6 +272,9 @@ class FakeCuda:
         self.calls.append(("before",))
         yield self.stream
         self.calls.append(("after",))
+
+    def synchronize(self) -> None:
+        self.calls.append(("synchronize",))
 
     def finish(self) -> None:
         self.calls.append(("finish",))

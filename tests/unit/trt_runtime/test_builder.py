@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from flux_fp4.tests.unit.trt_runtime.small_spec import SMALL_PROFILE, SMALL_SPEC, silent
 from flux_fp4.trt_runtime.backend import Backend, load_backend
-from flux_fp4.trt_runtime.builder import build_engine, check_formats, plan_key, profile_shapes
+from flux_fp4.trt_runtime.builder import build_engine, check_formats
 from flux_fp4.trt_runtime.digest import digest_of_file
 from flux_fp4.trt_runtime.errors import (
     BuildSpecError,
@@ -22,6 +22,7 @@ from flux_fp4.trt_runtime.errors import (
     PlanBuildError,
 )
 from flux_fp4.trt_runtime.manifest import load_manifest
+from flux_fp4.trt_runtime.plan_build import plan_key, profile_shapes
 from flux_fp4.trt_runtime.signature import read_signature
 from flux_fp4.trt_runtime.spec import BuildSpec
 

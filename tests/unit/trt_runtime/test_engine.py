@@ -1,11 +1,12 @@
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from flux_fp4.tests.unit.trt_runtime.block_inputs import block_inputs
+from flux_fp4.trt_runtime.adapters import Adapters, LowRank
 from flux_fp4.trt_runtime.engine import Engine
 from flux_fp4.trt_runtime.errors import BlockInputError, ShapeProfileError
 from flux_fp4.trt_runtime.manifest import EngineManifest, load_manifest
@@ -18,10 +19,18 @@ class Doubling:
 
     loaded = True
     weight_bytes = 7
+    activation_bytes = 0
 
     def __init__(self) -> None:
         self.batches: list[int] = []
         self.inputs: Mapping[str, torch.Tensor] = {}
+        self.adapters: Adapters = {}
+
+    def missing_lora_plans(self, blocks: Sequence[str]) -> list[str]:
+        return [block for block in blocks if block == SINGLE]
+
+    def use(self, adapters: Adapters) -> None:
+        self.adapters = adapters
 
     def load(self, device: torch.device) -> None: ...
 
@@ -46,7 +55,7 @@ def executor() -> Doubling:
 
 @pytest.fixture
 def engine(manifest: EngineManifest, executor: Doubling) -> Engine:
-    return Engine(manifest, executor, "fake", "")
+    return Engine(Path("tiny"), manifest, executor, "fake", "")
 
 
 @pytest.mark.parametrize(
@@ -169,3 +178,25 @@ def test_reference_engine_runs_every_block_of_a_real_engine(
             assert torch.equal(result[2:], alone[spec.name])
     engine.unload()
     assert not engine.loaded
+
+
+def test_adapters_go_to_the_executor(engine: Engine, executor: Doubling) -> None:
+    adapters = {SINGLE: {"linear1": LowRank(torch.ones(128, 2), torch.ones(2, 896))}}
+    assert engine.missing_lora_plans([DOUBLE, SINGLE]) == [SINGLE]
+    engine.use_adapters(adapters)
+    assert executor.adapters is adapters
+
+
+def test_adapter_for_an_unknown_block_is_refused(engine: Engine, executor: Doubling) -> None:
+    adapters = {"single_blocks.9": {"linear1": LowRank(torch.ones(128, 2), torch.ones(2, 896))}}
+    with pytest.raises(BlockInputError, match=r"single_blocks\.9"):
+        engine.use_adapters(adapters)
+    assert executor.adapters == {}
+
+
+def test_variants_that_need_more_memory_are_reckoned_with(
+    engine: Engine, executor: Doubling, manifest: EngineManifest
+) -> None:
+    reported = max(entry.activation_bytes for entry in manifest.blocks)
+    executor.activation_bytes = 2 * reported
+    assert engine.activation_bytes(2, 256, 32) == 2 * reported

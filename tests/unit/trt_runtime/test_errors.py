@@ -51,6 +51,16 @@ EXAMPLES: list[tuple[EngineError, str]] = [
         'Export the checkpoint again with "Export FLUX FP4 to ONNX".',
     ),
     (
+        errors.AdapterError("single_blocks.3", "linear1", "rank 600 is not within 1 to 512"),
+        "The adapter for 'single_blocks.3.linear1' cannot be used: rank 600 is not within 1 to "
+        "512.",
+    ),
+    (
+        errors.LoraPlanMissingError(["double_blocks.0", "single_blocks.3"]),
+        "2 blocks have no plan that takes a LoRA (first: 'double_blocks.0'). Queue the workflow "
+        "again to build them.",
+    ),
+    (
         errors.DiskFullError(ENGINE / "a.plan", 300, 20),
         "'a.plan' needs 300 bytes, but the disk takes no more (20 bytes free in 'sm120'). Free "
         "some space and run the step again; finished blocks are kept.",

@@ -13,7 +13,6 @@ from flux_fp4.tests.unit.trt_runtime.block_inputs import block_inputs
 from flux_fp4.tests.unit.trt_runtime.fake_tensorrt import FakeCuda, FakeLibrary
 from flux_fp4.trt_runtime.backend import load_backend
 from flux_fp4.trt_runtime.cuda_access import CudaAccess
-from flux_fp4.trt_runtime.digest import digest_of_bytes
 from flux_fp4.trt_runtime.engine import Engine
 from flux_fp4.trt_runtime.errors import (
     EngineNotLoadedError,
@@ -21,34 +20,10 @@ from flux_fp4.trt_runtime.errors import (
     PlanDigestError,
 )
 from flux_fp4.trt_runtime.executor import TensorRTExecutor
-from flux_fp4.trt_runtime.manifest import EngineManifest, load_manifest
+from flux_fp4.trt_runtime.manifest import EngineManifest
 
 CPU = torch.device("cpu")
 DOUBLE, SINGLE = "double_blocks.0", "single_blocks.0"
-
-
-@pytest.fixture
-def manifest(engine_copy: Path) -> EngineManifest:
-    """A manifest whose plans are the names of their blocks."""
-    manifest = load_manifest(engine_copy)
-    entries = []
-    for entry in manifest.blocks:
-        plan = entry.block.encode()
-        (engine_copy / entry.file).write_bytes(plan)
-        entries.append(
-            entry.model_copy(update={"digest": digest_of_bytes(plan), "bytes": len(plan)})
-        )
-    return manifest.model_copy(update={"blocks": tuple(entries)})
-
-
-@pytest.fixture
-def library(manifest: EngineManifest) -> FakeLibrary:
-    return FakeLibrary(manifest)
-
-
-@pytest.fixture
-def executor(engine_copy: Path, manifest: EngineManifest, library: FakeLibrary) -> TensorRTExecutor:
-    return TensorRTExecutor(engine_copy, manifest, library.backend(), FakeCuda(library.calls))
 
 
 def kinds(library: FakeLibrary, *names: str) -> list[tuple[Any, ...]]:
@@ -284,7 +259,7 @@ def test_lack_of_gpu_memory_is_the_error_that_comfyui_answers(
 def test_engine_splits_batches_above_the_profile(
     executor: TensorRTExecutor, library: FakeLibrary, manifest: EngineManifest
 ) -> None:
-    engine = Engine(manifest, executor, "tensorrt_rtx", "")
+    engine = Engine(Path("tiny"), manifest, executor, "tensorrt_rtx", "")
     engine.load(CPU)
     inputs = block_inputs(manifest.blocks[1], 40, 8, batch=5)
     outputs = engine.run(SINGLE, inputs)

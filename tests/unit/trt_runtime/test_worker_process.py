@@ -16,11 +16,12 @@ import pytest
 from flux_fp4.tests.unit.trt_runtime.small_spec import SMALL_SPEC, silent
 from flux_fp4.tests.unit.trt_runtime.test_builder import Recorder, plan_times
 from flux_fp4.trt_runtime import worker_process
-from flux_fp4.trt_runtime.builder import build_engine, profile_shapes
+from flux_fp4.trt_runtime.builder import build_engine
 from flux_fp4.trt_runtime.digest import digest_of_file
 from flux_fp4.trt_runtime.errors import DiskFullError, ManifestMissingError, WorkerDiedError
 from flux_fp4.trt_runtime.manifest import load_manifest, read_manifest_file
 from flux_fp4.trt_runtime.plan import BuildJob
+from flux_fp4.trt_runtime.plan_build import profile_shapes
 from flux_fp4.trt_runtime.signature import read_signature
 from flux_fp4.trt_runtime.worker_process import BuildWorker, exit_cause
 

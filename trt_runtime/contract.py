@@ -1,0 +1,89 @@
+"""What the exporter and the runtime agree on: names of blocks, inputs, outputs and axes."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from .spec import RANK_AXIS
+
+CONTRACT = "2"
+"""Version of what a block's file says of itself."""
+
+LORA_SUFFIX = ".lora"
+"""Behind the name of a block whose Linears take low-rank factors: the block's variant for LoRA."""
+
+BLOCK_NAME = re.compile(r"(double|single)_blocks\.(0|[1-9]\d{0,3})(\.lora)?")
+MODULATIONS = tuple(f"mod{i}_{part}" for i in (1, 2) for part in ("shift", "scale", "gate"))
+INPUTS = {
+    "double": (
+        "img", "txt", "cos", "sin",
+        *(f"{stream}_{name}" for stream in ("img", "txt") for name in MODULATIONS),
+    ),
+    "single": ("x", "cos", "sin", "mod_shift", "mod_scale", "mod_gate"),
+}  # fmt: skip
+LINEARS = {
+    "double": tuple(
+        f"{stream}_{name}"
+        for stream in ("img", "txt")
+        for name in ("attn.qkv", "attn.proj", "mlp.0", "mlp.2")
+    ),
+    "single": ("linear1", "linear2"),
+}
+LORA_DOWN, LORA_UP = ".lora_down", ".lora_up"
+"""Behind a Linear's name: the inputs ``[K, R]`` and ``[R, N]`` of a variant."""
+
+OUTPUTS = {"double": ("img_out", "txt_out"), "single": ("x_out",)}
+HIGH_PRECISION = ("bf16", "fp16", "fp32")
+DYNAMIC_AXES = ("B", "N", "T", "S")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, type and shape of a graph input or output."""
+
+    name: str
+    dtype: str
+    """"bf16", "fp16" or "fp32"."""
+    shape: tuple[int | str, ...]
+    """Numbers, or the dynamic axes B (batch), N (image tokens), T (text tokens), S (both), and
+    ``R_<linear>``, the rank of a Linear's adapters in a variant."""
+
+
+def block_names(depth: int, depth_single_blocks: int) -> tuple[str, ...]:
+    """Return the blocks of a model in the order they run."""
+    double = (f"double_blocks.{i}" for i in range(depth))
+    return (*double, *(f"single_blocks.{i}" for i in range(depth_single_blocks)))
+
+
+def lora_variant(block: str) -> str:
+    """Return the name of a block's variant."""
+    return block + LORA_SUFFIX
+
+
+def input_names(block: str, kind: str) -> tuple[str, ...]:
+    """Return what the contract calls the inputs of a block or variant."""
+    if not block.endswith(LORA_SUFFIX):
+        return INPUTS[kind]
+    factors = (f"{linear}{part}" for linear in LINEARS[kind] for part in (LORA_DOWN, LORA_UP))
+    return (*INPUTS[kind], *factors)
+
+
+def is_factor(name: str) -> bool:
+    """Tell whether an input is a low-rank factor."""
+    return name.endswith((LORA_DOWN, LORA_UP))
+
+
+def has_factor_shape(spec: TensorSpec) -> bool:
+    """Tell whether a factor has its two axes; true of everything that is no factor."""
+    for part, rank_axis in ((LORA_DOWN, 1), (LORA_UP, 0)):
+        if spec.name.endswith(part):
+            rank = RANK_AXIS + spec.name.removesuffix(part)
+            fits = len(spec.shape) == 2 and spec.shape[rank_axis] == rank
+            return fits and isinstance(spec.shape[1 - rank_axis], int)
+    return not any(isinstance(dim, str) and dim.startswith(RANK_AXIS) for dim in spec.shape)
+
+
+def is_axis(name: str) -> bool:
+    """Tell whether a dynamic axis may have this name."""
+    return name in DYNAMIC_AXES or name.startswith(RANK_AXIS)
