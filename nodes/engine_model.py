@@ -8,7 +8,8 @@ the dtype that ComfyUI chooses; the engine owns everything else.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import comfy.model_detection
@@ -21,9 +22,12 @@ from torch import Tensor, nn
 from .engine_blocks import BlockEngine, EngineDoubleBlock, EngineSingleBlock
 from .errors import CheckpointWeightsError
 from .rotary import RotaryTables
+from .weight_changes import StoredLinears
 
 if TYPE_CHECKING:
     from comfy.model_base import BaseModel
+
+    from ..trt_runtime.adapters import LowRank
 
 STREAM_COPIES = 6
 """Token tensors of hidden size alive at once outside of the engine: inputs and outputs of a block,
@@ -38,8 +42,19 @@ class ModelEngine(BlockEngine, Protocol):
     @property
     def loaded(self) -> bool: ...
     def activation_bytes(self, batch: int, img_tokens: int, txt_tokens: int) -> int: ...
+    @property
+    def folder(self) -> Path: ...
+    def missing_lora_plans(self, blocks: Sequence[str]) -> list[str]: ...
+    def use_adapters(self, adapters: Mapping[str, Mapping[str, LowRank]]) -> None: ...
     def load(self, device: torch.device) -> None: ...
     def unload(self) -> None: ...
+
+
+class StoredModel(StoredLinears, Protocol):
+    """What the MODEL needs of the quantized checkpoint."""
+
+    @property
+    def name(self) -> str: ...
 
 
 class SamplingMemory:
@@ -76,7 +91,8 @@ def build_engine_model(
     unet_config: Mapping[str, Any],
     weights: dict[str, Tensor],
     engine: ModelEngine,
-    checkpoint: str,
+    plan_linears: Mapping[str, Sequence[str]],
+    checkpoint: StoredModel,
     max_txt_tokens: int,
     load_device: torch.device,
 ) -> BaseModel:
@@ -86,7 +102,8 @@ def build_engine_model(
         unet_config: The transformer's configuration in ComfyUI's names.
         weights: Every weight outside of the block plans, in BFL's or ComfyUI's names.
         engine: Runs the blocks.
-        checkpoint: Name of the quantized checkpoint, for error messages.
+        plan_linears: Names of the Linears in each block's plan.
+        checkpoint: The quantized checkpoint, for error messages and weight patches.
         max_txt_tokens: Longest text the engine takes.
         load_device: Where the model will sample.
 
@@ -124,10 +141,10 @@ def build_engine_model(
     for name in ("depth", "depth_single_blocks"):
         setattr(flux.params, name, unet_config[name])
         config.unet_config[name] = unet_config[name]
-    _load_weights(model, weights, checkpoint)
+    _load_weights(model, weights, checkpoint.name)
     flux.requires_grad_(False).eval()
     comfy.model_management.archive_model_dtypes(flux)
-    model.engine = engine
+    model.engine, model.checkpoint, model.plan_linears = engine, checkpoint, plan_linears
     model.memory_required = SamplingMemory(engine, unet_config, max_txt_tokens)
     return model
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import comfy.model_patcher
 import torch
 
+from ..trt_runtime.lora_plans import build_lora_plans
+from ..trt_runtime.spec import MAX_LORA_RANK
 from .engine_blocks import EngineWeight
 from .errors import EngineModelError, EngineWeightError
+from .progress import progress_of_running_node
+from .weight_changes import PREFIX, branches, check_patch
 
 _NO_MERGE = "Merge the FLUX checkpoints and quantize the result with 'Quantize FLUX to FP4'"
 
@@ -38,6 +42,7 @@ class EnginePatcher(comfy.model_patcher.ModelPatcher):
         force_patch_weights: bool = False,
         full_load: bool = False,
     ) -> None:
+        self._use_adapters()
         self.model.engine.load(device_to or self.load_device)
         super().load(
             device_to,
@@ -58,7 +63,7 @@ class EnginePatcher(comfy.model_patcher.ModelPatcher):
     def add_patches(
         self, patches: dict[Any, Any], strength_patch: float = 1.0, strength_model: float = 1.0
     ) -> list[Any]:
-        self._refuse_engine_weights(patches, "This LoRA or weight patch changes")
+        self._check_patches(patches)
         return super().add_patches(patches, strength_patch, strength_model)
 
     def add_hook_patches(
@@ -96,18 +101,56 @@ class EnginePatcher(comfy.model_patcher.ModelPatcher):
             return self.hook_backup[key][0]
         return self.backup[key].weight if key in self.backup else weight
 
+    def _use_adapters(self) -> None:
+        """Bring the engine's adapters to what the patches say; builds plans that are missing."""
+        if getattr(self.model, "adapters_uuid", None) == self.patches_uuid:
+            return
+        model = self.model
+        # only patches that act count, so no strength is the base again, bit for bit
+        adapters = branches(
+            self.patches, model.checkpoint, model.plan_linears, MAX_LORA_RANK, self.load_device
+        )
+        missing = model.engine.missing_lora_plans(list(adapters))
+        if missing:
+            progress = progress_of_running_node()
+            build_lora_plans(model.engine.folder, missing, progress)
+            progress.show("")
+        model.engine.use_adapters(adapters)
+        model.adapters_uuid = self.patches_uuid
+
+    def _check_patches(self, patches: Mapping[Any, Any]) -> None:
+        inside = self._inside()
+        refused = []
+        for key, patch in patches.items():
+            # a key with a slice of the weight comes as (key, offset, function)
+            name, offset = (key, None) if isinstance(key, str) else (key[0], key[1])
+            if name not in inside:
+                continue
+            weight, parameter = inside[name]
+            linear = weight.name.split(".", 2)[2]
+            block = weight.name.removesuffix(f".{linear}")
+            if parameter == "weight" and linear in self.model.plan_linears[block]:
+                check_patch(name, patch, offset, weight.shapes[parameter])
+            else:
+                refused.append(f"{weight.name}.{parameter}")
+        if refused:
+            raise EngineWeightError(sorted(refused), "This LoRA or weight patch changes")
+
     def _refuse_engine_weights(self, patches: Iterable[Any], reason: str) -> None:
-        inside = {
-            f"diffusion_model.{weight.name}.{key}": f"{weight.name}.{key}"
+        inside = self._inside()
+        keys = [patch if isinstance(patch, str) else patch[0] for patch in patches]
+        touched = {inside[key] for key in keys if key in inside}
+        if touched:
+            raise EngineWeightError(sorted(f"{w.name}.{key}" for w, key in touched), reason)
+
+    def _inside(self) -> dict[str, tuple[EngineWeight, str]]:
+        """Return the placeholder and parameter of every weight inside the engine, by full name."""
+        return {
+            f"{PREFIX}{weight.name}.{parameter}": (weight, parameter)
             for weight in self.model.modules()
             if isinstance(weight, EngineWeight)
-            for key in weight.shapes
+            for parameter in weight.shapes
         }
-        # A key with an offset into the weight comes as (key, offset, function).
-        keys = [patch if isinstance(patch, str) else patch[0] for patch in patches]
-        touched = sorted({inside[key] for key in keys if key in inside})
-        if touched:
-            raise EngineWeightError(touched, reason)
 
 
 def _unchanged(weight: torch.Tensor, **_kwargs: Any) -> torch.Tensor:

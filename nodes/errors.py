@@ -146,10 +146,27 @@ class EngineWeightError(NodeError):
         self.weights, self.reason = tuple(weights), reason
         more = f" and {len(weights) - 1} more weights" if len(weights) > 1 else ""
         super().__init__(
-            f"{reason} {weights[0]!r}{more}, which are FP4 inside the engine; only embedders, "
-            "modulation and the final layer can be patched. Merge the change before quantizing: "
-            "connect the LoRA loader to 'Quantize FLUX MODEL to FP4'. Or use 'Load Diffusion "
-            "Model' for this MODEL."
+            f"{reason} {weights[0]!r}{more}, which the engine holds inside its plans. A LoRA of "
+            "'Load LoRA' can change the weights of its Linears, but not biases and norms, and not "
+            "by schedule or bypass. Merge the change before quantizing: connect the LoRA loader to "
+            "'Quantize FLUX MODEL to FP4'. Or use 'Load Diffusion Model' for this MODEL."
+        )
+
+
+class WeightChangeError(NodeError):
+    """A LoRA or other patch cannot run beside the quantized weight.
+
+    Attributes:
+        linear: Name of the Linear.
+        reason: What is in the way.
+    """
+
+    def __init__(self, linear: str, reason: str) -> None:
+        self.linear, self.reason = linear, reason
+        super().__init__(
+            f"The change of {linear!r} cannot run on an FP4 engine: {reason}. Merge it before "
+            "quantizing: connect its loader to 'Quantize FLUX MODEL to FP4'. Or use 'Load "
+            "Diffusion Model' for this MODEL."
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import comfy.model_management
 import comfy.utils
+from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
 
@@ -30,3 +31,12 @@ class NodeProgress:
     def show(self, text: str) -> None:
         """Write text on the node; it stays there when the node has finished."""
         PromptServer.instance.send_progress_text(text, self.node_id)
+
+
+def progress_of_running_node() -> NodeProgress:
+    """Return the progress of whatever node is being executed, which may be another pack's.
+
+    Outside of a prompt the progress is nobody's, and only a cancel is felt.
+    """
+    context = get_executing_context()
+    return NodeProgress(context.node_id if context else "")

@@ -109,6 +109,7 @@ def load_engine_model(
         backend: ``auto`` or the name of a backend.
         disable_dynamic: Part of ComfyUI's factory signature; an engine is never dynamic.
     """
+    from ..quant.flux.config import block_linears
     from ..quant.quantized_checkpoint import QuantizedCheckpoint
     from ..trt_runtime.engine import Engine
     from .engine_model import build_engine_model
@@ -126,7 +127,8 @@ def load_engine_model(
         checkpoint.metadata.config.unet_config(),
         checkpoint.high_precision_state_dict(),
         engine,
-        checkpoint.name,
+        {block: block_linears(block) for block in checkpoint.metadata.config.block_names},
+        checkpoint,
         engine.manifest.profile.max_txt_tokens,
         load_device,
     )

@@ -94,7 +94,7 @@ def _split(weight: Tensor, target: Tensor, rank: int, method: Method, seed: int)
     if method == "full":
         left, sizes, right = torch.linalg.svd(target.double(), full_matrices=False)
     else:
-        left, sizes, right = _randomized_svd(target, rank, seed)
+        left, sizes, right = randomized_svd(target, rank, seed)
     # each factor takes the root of the size, so that neither loses more in bf16
     root = sizes[:rank].sqrt()
     up = (left[:, :rank] * root).bfloat16()
@@ -103,7 +103,16 @@ def _split(weight: Tensor, target: Tensor, rank: int, method: Method, seed: int)
     return LowRankBranch(down.contiguous(), up.contiguous(), residual)
 
 
-def _randomized_svd(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def randomized_svd(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``left [N, d]``, ``sizes [d]`` and ``right [d, K]``, largest first.
+
+    A few more directions than ``rank`` are searched and returned; those beyond are worse.
+
+    Args:
+        matrix: fp32 ``[N, K]``.
+        rank: Directions that have to be good.
+        seed: The same matrix and seed give the same result.
+    """
     # torch.svd_lowrank does the same, but draws from the global generator
     generator = torch.Generator(matrix.device).manual_seed(seed)
     directions = min(rank + _OVERSAMPLING, *matrix.shape)

@@ -164,6 +164,26 @@ class QuantizedCheckpoint:
                 if name.startswith(start)
             }
 
+    def linear_tensors(self, linear: str, weight: bool = True) -> dict[str, Tensor]:
+        """Load the tensors of one Linear, by names relative to its block.
+
+        Args:
+            linear: Full name, for example ``single_blocks.0.linear1``.
+            weight: Whether the weight itself and its scales are wanted too.
+        """
+        stack, index, _ = linear.split(".", 2)
+        start = f"{stack}.{index}."
+        wanted = [name for name in self.tensors if name.startswith(f"{linear}.")]
+        if not weight:
+            wanted = [name for name in wanted if name.removeprefix(f"{linear}.") in BESIDE_WEIGHT]
+        with safe_open(self.path, framework="pt") as file:
+            return {name.removeprefix(start): file.get_tensor(name) for name in wanted}
+
+    def linear_shape(self, linear: str) -> tuple[int, int]:
+        """Return ``(N, K)`` of a block Linear."""
+        rows, columns = self.tensors[f"{linear}.weight"].shape
+        return rows, 2 * columns if self.linear_format(linear) == "nvfp4" else columns
+
     def high_precision_state_dict(self) -> dict[str, Tensor]:
         """Load what stays outside of plans: embedders, modulation and final layer."""
         with safe_open(self.path, framework="pt") as file:
@@ -209,6 +229,10 @@ FORMAT_PARTS: dict[Format, tuple[str, ...]] = {
     "bf16": ("weight",),
 }
 """Tensors that a Linear of each format always has, besides its bias."""
+
+
+BESIDE_WEIGHT = ("pre_quant_scale", "svd_down", "svd_up")
+"""Small tensors of a Linear that act on its input or beside its GEMM."""
 
 
 def is_in_plan(tensor: str) -> bool:

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from comfy_in_process import import_comfyui
-from small_model_files import DATA, DIFFUSION_MODEL
 from torch import Tensor
 
 import_comfyui()
@@ -19,10 +18,9 @@ import_comfyui()
 import comfy.hooks  # noqa: E402
 import comfy.lora  # noqa: E402
 import comfy.model_management as mm  # noqa: E402
-import comfy.sample  # noqa: E402
-import comfy.samplers  # noqa: E402
 import comfy.sd  # noqa: E402
 from comfy.patcher_extension import WrappersMP  # noqa: E402
+from engine_sampling import condition, lora_of, sample, stock_flux  # noqa: E402
 from flux_fp4.nodes.engine_model import build_engine_model  # noqa: E402
 from flux_fp4.nodes.engine_patcher import EnginePatcher  # noqa: E402
 from flux_fp4.nodes.errors import (  # noqa: E402
@@ -36,10 +34,6 @@ from torch_engine import TorchEngine, engine_over  # noqa: E402
 # The same operations in the same order, but modulation chunks reach the block as copies.
 TOLERANCE = 1e-5
 CPU = torch.device("cpu")
-
-
-def stock_flux() -> Any:
-    return comfy.sd.load_diffusion_model(str(DATA / DIFFUSION_MODEL))
 
 
 def engine_flux(dynamic_vram: bool = False) -> EnginePatcher:
@@ -62,40 +56,6 @@ def engine(request: pytest.FixtureRequest) -> Any:
 def inference_mode() -> Any:
     with torch.inference_mode():
         yield
-
-
-def condition(seed: int = 0, tokens: int = 77, **options: Any) -> list[Any]:
-    generator = torch.Generator().manual_seed(seed)
-    context = torch.randn(1, tokens, 768, generator=generator)
-    pooled = torch.randn(1, 768, generator=generator)
-    return [[context, {"pooled_output": pooled, **options}]]
-
-
-def sample(
-    model: Any,
-    positive: list[Any] | None = None,
-    size: tuple[int, int] = (8, 8),
-    batch: int = 1,
-    cfg: float = 1.0,
-    denoise: float = 1.0,
-    latent: Tensor | None = None,
-) -> Tensor:
-    if latent is None:
-        latent = torch.zeros(batch, 16, *size)
-    noise = comfy.sample.prepare_noise(latent, seed=5)
-    return comfy.sample.sample(
-        model,
-        noise,
-        steps=3,
-        cfg=cfg,
-        sampler_name="euler",
-        scheduler="simple",
-        positive=positive or condition(),
-        negative=condition(seed=1),
-        latent_image=latent,
-        denoise=denoise,
-        disable_pbar=True,
-    )
 
 
 SAMPLINGS: dict[str, dict[str, Any]] = {
@@ -209,18 +169,6 @@ def test_rotary_tables_are_computed_once_per_step(engine: EnginePatcher) -> None
 # What an engine cannot do is refused, and the message names what to do instead.
 
 
-def lora_of(*weights: str, rank: int = 2) -> dict[str, Tensor]:
-    shapes = stock_flux().model.diffusion_model.state_dict()
-    generator = torch.Generator().manual_seed(4)
-    lora = {}
-    for weight in weights:
-        rows, columns = shapes[weight].shape
-        name = "lora_unet_" + weight.removesuffix(".weight").replace(".", "_")
-        lora[f"{name}.lora_up.weight"] = torch.randn(rows, rank, generator=generator)
-        lora[f"{name}.lora_down.weight"] = torch.randn(rank, columns, generator=generator)
-    return lora
-
-
 MODULATION = (
     "double_blocks.0.img_mod.lin.weight",
     "single_blocks.3.modulation.lin.weight",
@@ -241,10 +189,11 @@ def test_lora_outside_of_the_engine_works(stock: Any, engine: EnginePatcher) -> 
     assert (base - sample(stock)).abs().max() <= TOLERANCE  # the LoRA is gone again
 
 
-def test_lora_on_engine_weights_is_refused(engine: EnginePatcher) -> None:
-    with pytest.raises(EngineWeightError, match=r"double_blocks\.1\.txt_mlp\.2\.weight") as error:
-        comfy.sd.load_lora_for_models(engine, None, lora_of(*INSIDE, *MODULATION), 1.0, 0)
-    assert error.value.weights == INSIDE
+def test_change_of_an_engine_bias_is_refused(engine: EnginePatcher) -> None:
+    bias = f"diffusion_model.{INSIDE[0].removesuffix('weight')}bias"
+    with pytest.raises(EngineWeightError, match=r"double_blocks\.1\.txt_mlp\.2\.bias") as error:
+        engine.add_patches({bias: (torch.ones(128),)})
+    assert error.value.weights == (bias.removeprefix("diffusion_model."),)
 
 
 def test_bypass_lora_on_engine_weights_is_refused(engine: EnginePatcher) -> None:
@@ -334,14 +283,15 @@ def test_zero_timestep_references_are_refused(engine: EnginePatcher) -> None:
 def test_wrong_weights_are_refused_by_name(engine: EnginePatcher) -> None:
     weights = dict(engine.model.diffusion_model.named_parameters())
     weights.pop("img_in.bias")
-    config = engine.model.model_config.unet_config
+    model = engine.model
+    config, checkpoint = model.model_config.unet_config, model.checkpoint
     with pytest.raises(CheckpointWeightsError, match=r"img_in\.bias") as error:
-        build_engine_model(config, weights, engine.model.engine, "small", 77, CPU)
+        build_engine_model(config, weights, model.engine, {}, checkpoint, 77, CPU)
     assert error.value.missing == ["img_in.bias"]
     weights["img_in.bias"] = torch.zeros(128)
     weights["img_in.lora"] = torch.zeros(1)
     with pytest.raises(CheckpointWeightsError, match=r"img_in\.lora"):
-        build_engine_model(config, weights, engine.model.engine, "small", 77, CPU)
+        build_engine_model(config, weights, model.engine, {}, checkpoint, 77, CPU)
 
 
 # Memory management sees the truth, and frees it.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import comfy.memory_management
@@ -11,9 +11,11 @@ import torch
 from comfy.ldm.flux.layers import DoubleStreamBlock, ModulationOut, SingleStreamBlock
 from flux_fp4.nodes.engine_model import build_engine_model
 from flux_fp4.nodes.engine_patcher import EnginePatcher
+from flux_fp4.quant.flux.config import block_linears
 from flux_fp4.quant.modulation import is_modulation_weight, stored_modulation
 from flux_fp4.quant.quantized_checkpoint import is_in_plan
 from flux_fp4.quant.recipe import Format
+from flux_fp4.trt_runtime.adapters import LowRank
 from torch import Tensor
 
 
@@ -27,6 +29,8 @@ class TorchEngine:
         self.blocks = blocks
         self.device: torch.device | None = None
         self.loads = self.unloads = self.runs = 0
+        self.adapters: Mapping[str, Mapping[str, LowRank]] = {}
+        self.originals: dict[tuple[str, str], Tensor] = {}
         for block in blocks.values():
             # ComfyUI's own switch for models whose modulation is computed elsewhere (FLUX.2)
             block.modulation = False if isinstance(block, DoubleStreamBlock) else None
@@ -47,6 +51,20 @@ class TorchEngine:
     def activation_bytes(self, batch: int, img_tokens: int, txt_tokens: int) -> int:
         return 1000 * batch * (img_tokens + txt_tokens)
 
+    def missing_lora_plans(self, blocks: Sequence[str]) -> list[str]:
+        return []
+
+    def use_adapters(self, adapters: Mapping[str, Mapping[str, LowRank]]) -> None:
+        """Add factors to the stock weights, from copies made before the first time."""
+        self.adapters = adapters
+        for block, module in self.blocks.items():
+            for linear in block_linears(block):
+                weight = module.get_submodule(linear).weight
+                base = self.originals.setdefault((block, linear), weight.detach().clone())
+                factors = adapters.get(block, {}).get(linear)
+                change = 0 if factors is None else (factors.down @ factors.up).mT
+                weight.data.copy_(base + change)
+
     def run(self, block: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         assert self.loaded, f"{block} ran before load()"
         self.runs += 1
@@ -62,6 +80,23 @@ class TorchEngine:
         )
         img, txt = module(inputs["img"].clone(), inputs["txt"].clone(), vec=vec, pe=pe)
         return {"img_out": img, "txt_out": txt}
+
+
+class TorchCheckpoint:
+    """Has what a MODEL asks of a quantized checkpoint, over a stock FLUX's own weights."""
+
+    name = "small"
+
+    def __init__(self, flux: torch.nn.Module) -> None:
+        self.weights = {name: weight.clone() for name, weight in flux.state_dict().items()}
+
+    def linear_tensors(self, linear: str, weight: bool = True) -> dict[str, Tensor]:
+        relative = linear.split(".", 2)[2]
+        return {f"{relative}.weight": self.weights[f"{linear}.weight"]} if weight else {}
+
+    def linear_shape(self, linear: str) -> tuple[int, int]:
+        rows, columns = self.weights[f"{linear}.weight"].shape
+        return rows, columns
 
 
 def weights_outside_of_plans(flux: torch.nn.Module, modulation: Format) -> dict[str, Tensor]:
@@ -82,13 +117,21 @@ def engine_over(
     flux, config = stock.model.diffusion_model, stock.model.model_config
     blocks = {f"double_blocks.{i}": block for i, block in enumerate(flux.double_blocks)}
     blocks |= {f"single_blocks.{i}": block for i, block in enumerate(flux.single_blocks)}
-    weights = weights_outside_of_plans(flux, modulation)
+    weights, checkpoint = weights_outside_of_plans(flux, modulation), TorchCheckpoint(flux)
     unet_config = {key: value for key, value in config.unet_config.items() if key != "dtype"}
     cpu = torch.device("cpu")
     # ComfyUI's modules are built in another way while DynamicVRAM is on, the default on NVIDIA GPUs
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(comfy.memory_management, "aimdo_enabled", dynamic_vram)
-        model = build_engine_model(unet_config, weights, TorchEngine(blocks), "small", 77, cpu)
+        model = build_engine_model(
+            unet_config,
+            weights,
+            TorchEngine(blocks),
+            {block: block_linears(block) for block in blocks},
+            checkpoint,
+            77,
+            cpu,
+        )
     return EnginePatcher(model, cpu, cpu)
 
 

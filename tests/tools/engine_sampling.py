@@ -1,0 +1,66 @@
+"""Sampling the small trained FLUX in one process, and LoRAs for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from comfy_in_process import import_comfyui
+from small_model_files import DATA, DIFFUSION_MODEL
+from torch import Tensor
+
+import_comfyui()
+
+import comfy.sample  # noqa: E402
+import comfy.samplers  # noqa: E402
+import comfy.sd  # noqa: E402
+
+
+def stock_flux() -> Any:
+    return comfy.sd.load_diffusion_model(str(DATA / DIFFUSION_MODEL))
+
+
+def condition(seed: int = 0, tokens: int = 77, **options: Any) -> list[Any]:
+    generator = torch.Generator().manual_seed(seed)
+    context = torch.randn(1, tokens, 768, generator=generator)
+    pooled = torch.randn(1, 768, generator=generator)
+    return [[context, {"pooled_output": pooled, **options}]]
+
+
+def sample(
+    model: Any,
+    positive: list[Any] | None = None,
+    size: tuple[int, int] = (8, 8),
+    batch: int = 1,
+    cfg: float = 1.0,
+    denoise: float = 1.0,
+    latent: Tensor | None = None,
+) -> Tensor:
+    if latent is None:
+        latent = torch.zeros(batch, 16, *size)
+    noise = comfy.sample.prepare_noise(latent, seed=5)
+    return comfy.sample.sample(
+        model,
+        noise,
+        steps=3,
+        cfg=cfg,
+        sampler_name="euler",
+        scheduler="simple",
+        positive=positive or condition(),
+        negative=condition(seed=1),
+        latent_image=latent,
+        denoise=denoise,
+        disable_pbar=True,
+    )
+
+
+def lora_of(*weights: str, rank: int = 2) -> dict[str, Tensor]:
+    shapes = stock_flux().model.diffusion_model.state_dict()
+    generator = torch.Generator().manual_seed(4)
+    lora = {}
+    for weight in weights:
+        rows, columns = shapes[weight].shape
+        name = "lora_unet_" + weight.removesuffix(".weight").replace(".", "_")
+        lora[f"{name}.lora_up.weight"] = torch.randn(rows, rank, generator=generator)
+        lora[f"{name}.lora_down.weight"] = torch.randn(rank, columns, generator=generator)
+    return lora
