@@ -15,7 +15,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -201,21 +201,24 @@ class ComfyClient:
 class ComfyServer:
     """A ComfyUI process on a free loopback port; use it as a context manager."""
 
-    def __init__(self, comfyui: Path, base: Path, pack: Path) -> None:
+    def __init__(self, comfyui: Path, base: Path, pack: Path, others: Sequence[Path] = ()) -> None:
         """Prepare `base` (models, input, output, custom_nodes) with the pack linked into it.
 
         Args:
             comfyui: folder with ComfyUI's `main.py`.
             base: folder of this server's own; created if absent.
             pack: root of the node pack.
+            others: further node packs, under the names of their folders.
         """
         self.comfyui, self.base = comfyui, base
         self.log_path = base / "comfyui.log"
         for name in ("custom_nodes", "input", "models", "output", "user"):
             (base / name).mkdir(parents=True, exist_ok=True)
-        link = base / "custom_nodes" / PACK_FOLDER
-        if not link.is_symlink():
-            link.symlink_to(pack, target_is_directory=True)
+        packs = {PACK_FOLDER: pack, **{other.name: other for other in others}}
+        for name, folder in packs.items():
+            link = base / "custom_nodes" / name
+            if not link.is_symlink():
+                link.symlink_to(folder, target_is_directory=True)
 
     def __enter__(self) -> ComfyServer:
         port = _free_port()
