@@ -16,6 +16,7 @@ from .backend import choose_backend, probe_gpu
 from .contract import TensorSpec
 from .errors import BlockInputError
 from .manifest import EngineManifest, PlanEntry, load_manifest, verify_engine
+from .self_test import Machine, SelfTest
 from .spec import ShapeProfile
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,10 @@ class Executor(Protocol):
     @property
     def activation_bytes(self) -> int:
         """Scratch memory of the largest block at the profile's maximum; 0 if unknown."""
+
+    @property
+    def machine(self) -> Machine | None:
+        """What loaded blocks run on; None for the reference, which needs no test."""
 
     def missing_lora_plans(self, blocks: Sequence[str]) -> list[str]:
         """Return the blocks that cannot take adapters before something is built."""
@@ -62,12 +67,15 @@ class Engine:
         executor: Executor,
         backend_name: str,
         backend_reason: str,
+        self_test: SelfTest | None = None,
     ) -> None:
         self.manifest = manifest
         self.folder = folder
         self.backend_name = backend_name
         self.backend_reason = backend_reason
         self._executor = executor
+        self._self_test = self_test
+        self._adapters: Adapters = {}
         self._entries = {entry.block: entry for entry in manifest.blocks}
 
     @classmethod
@@ -98,7 +106,8 @@ class Engine:
             from .executor import TensorRTExecutor
 
             executor = TensorRTExecutor(engine_dir, manifest, choice.backend)
-        return cls(engine_dir, manifest, executor, choice.name, choice.reason)
+        self_test = SelfTest(engine_dir, manifest)
+        return cls(engine_dir, manifest, executor, choice.name, choice.reason, self_test)
 
     @property
     def loaded(self) -> bool:
@@ -123,8 +132,29 @@ class Engine:
         return math.ceil(largest * tokens / (profile.max_batch * profile.range("S").maximum))
 
     def load(self, device: torch.device) -> None:
-        """Make all blocks ready to run; does nothing when they are."""
+        """Make all blocks ready to run; does nothing when they are.
+
+        The first time on a GPU, driver and library the engine is tested against the reference.
+
+        Raises:
+            SelfTestError: It computes something else; it is not loaded then.
+        """
+        if self._executor.loaded:
+            return
         self._executor.load(device)
+        test, machine = self._self_test, self._executor.machine
+        if test is None or machine is None or test.has_passed(machine):
+            return
+        complete = False
+        try:
+            # adapters change what blocks compute
+            self._executor.use({})
+            test.run(machine, self.run)
+            self._executor.use(self._adapters)
+            complete = True
+        finally:
+            if not complete:
+                self._executor.unload()
 
     def unload(self) -> None:
         """Free weights, contexts and buffers; load() brings them back."""
@@ -152,6 +182,7 @@ class Engine:
             if block not in self._entries:
                 raise BlockInputError(block, f"the engine has {len(self._entries)} other blocks")
         self._executor.use(adapters)
+        self._adapters = adapters
 
     def run(self, block: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Run one block.

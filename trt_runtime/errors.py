@@ -258,6 +258,35 @@ class EngineNotLoadedError(EngineError):
         super().__init__(f"Block '{block}' cannot run: the engine is not loaded. Load it first.")
 
 
+class SelfTestError(EngineError):
+    """A block computes something else on this GPU than its ONNX file says."""
+
+    def __init__(self, block: str, db: float, limit_db: float, report: Path) -> None:
+        self.block, self.db, self.limit_db, self.report = block, db, limit_db, report
+        found = f"{db:.1f} dB" if db > -1000 else "values that are not finite"
+        super().__init__(
+            f"The engine is not used: on this GPU block '{block}' gives {found} against the "
+            f"reference, at least {limit_db:.0f} dB are needed. Update the NVIDIA driver and "
+            f"build again with {BUILD_NODE}. If it stays, report it with '{report.name}' from "
+            'the engine\'s folder; until then choose backend "reference".'
+        )
+
+
+class PlanValidityError(EngineError):
+    """TensorRT says itself that a plan does not run here."""
+
+    def __init__(self, block: str, reasons: Sequence[str]) -> None:
+        self.block, self.reasons = block, tuple(reasons)
+        driver = "Update the NVIDIA driver."
+        remedies = {"OLD_CUDA_DRIVER": driver, "OLD_CUDA_RUNTIME": driver, "CUDA_ERROR": driver}
+        known = [remedies[reason] for reason in reasons if reason in remedies]
+        super().__init__(
+            f"TensorRT refuses the plan of block '{block}' on this machine: "
+            f"{', '.join(reasons).lower().replace('_', ' ')}. "
+            f"{known[0] if known else f'Build it again with {BUILD_NODE}.'}"
+        )
+
+
 class ExecutionError(EngineError):
     """TensorRT refused to load or to run a verified plan."""
 

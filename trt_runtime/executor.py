@@ -11,11 +11,18 @@ import torch
 from .adapters import Adapters, FactorStore, factor_inputs
 from .backend import Backend, RuntimeLog, runtime_log
 from .cuda_access import CudaAccess
-from .errors import EngineNotLoadedError, ExecutionError, LoraPlanMissingError
+from .driver import driver_version
+from .errors import (
+    EngineNotLoadedError,
+    ExecutionError,
+    LoraPlanMissingError,
+    PlanValidityError,
+)
 from .lora_plans import lora_plans
 from .manifest import EngineManifest, PlanEntry, read_plan
 from .plan_context import TORCH_DTYPES, PlanContext, ScratchMemory
-from .runtime_cache import FILE_NAME, RuntimeCache
+from .runtime_cache import RuntimeCache, cache_name
+from .self_test import Machine
 
 TRT_DTYPES = {"bf16": "BF16", "fp16": "HALF", "fp32": "FLOAT"}
 
@@ -99,6 +106,11 @@ class TensorRTExecutor:
             self._save_kernels()
         self._release()
 
+    @property
+    def machine(self) -> Machine | None:
+        """What loaded plans run on."""
+        return self._machine() if self._blocks else None
+
     def missing_lora_plans(self, blocks: Sequence[str]) -> list[str]:
         """Return the blocks whose variant must be built before they can take adapters."""
         plans = lora_plans(self._engine_dir, self._manifest)
@@ -169,8 +181,9 @@ class TensorRTExecutor:
         self._log.take_errors()
         self._runtime = self._backend.module.Runtime(self._log.interface)
         if self._backend.has_runtime_cache:
-            owner = f"{self._backend.label} on {self._device_name()}"
-            self._cache = RuntimeCache(self._engine_dir / FILE_NAME, owner)
+            machine = self._machine()
+            owner = f"{machine.library} on {machine.gpu}, driver {machine.driver}"
+            self._cache = RuntimeCache(self._engine_dir / cache_name(owner), owner)
         self._scratch = ScratchMemory(self._device)
 
     def _load_plans(self) -> None:
@@ -190,15 +203,35 @@ class TensorRTExecutor:
             self._save_kernels()
 
     def _loaded(self, entry: PlanEntry) -> PlanContext:
-        engine = self._runtime.deserialize_cuda_engine(read_plan(self._engine_dir, entry))
+        plan = read_plan(self._engine_dir, entry)
+        self._check_validity(entry, plan)
+        engine = self._runtime.deserialize_cuda_engine(plan)
         self._require(engine is not None, entry.block, "deserialize_cuda_engine")
         self._check_signature(entry, engine)
         context = self._context(engine)
         self._require(context is not None, entry.block, "create_execution_context")
         return PlanContext(entry, engine, context, self._device, self._require)
 
-    def _device_name(self) -> str:
-        return torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "cpu"
+    def _machine(self) -> Machine:
+        is_cuda = self._device.type == "cuda"
+        gpu = torch.cuda.get_device_name(self._device) if is_cuda else str(self._device)
+        return Machine(gpu, driver_version(), self._backend.label)
+
+    def _check_validity(self, entry: PlanEntry, plan: bytes) -> None:
+        """Ask TensorRT whether the plan can run here; it says more than a failed load does."""
+        trt = self._backend.module
+        if not hasattr(trt, "EngineInvalidityDiagnostics"):
+            return
+        validity, found = self._runtime.get_engine_validity(plan)
+        if validity != trt.EngineValidity.INVALID:
+            return
+        # each diagnostic is a bit; none at all means that nothing could be found out
+        members = trt.EngineInvalidityDiagnostics.__members__.items()
+        reasons = [name for name, member in members if int(member) & int(found)]
+        if "INSUFFICIENT_GPU_MEMORY" in reasons:
+            raise torch.OutOfMemoryError(f"TensorRT has no GPU memory for block '{entry.block}'")
+        if reasons:
+            raise PlanValidityError(entry.block, reasons)
 
     def _check_signature(self, entry: PlanEntry, engine: Any) -> None:
         """The addresses set later are raw pointers: names, directions and types must be right."""

@@ -7,15 +7,23 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from .digest import digest_of_bytes
 from .errors import DiskFullError
 from .store import write_atomic
 
 logger = logging.getLogger(__name__)
 
-FILE_NAME = "runtime.cache"
+FILE_NAME = "runtime-{}.cache"
 MAGIC = b"FLUXFP4 runtime cache 1\n"
 MAX_CACHE_BYTES = 4 << 30
+OWNER_DIGITS = 8
+
+
+def cache_name(owner: str) -> str:
+    """Return the file name of an owner's cache: owners that take turns keep their kernels."""
+    return FILE_NAME.format(digest_of_bytes(owner.encode())[:OWNER_DIGITS])
 
 
 class RuntimeCache:
@@ -26,7 +34,7 @@ class RuntimeCache:
 
     Args:
         path: The file.
-        owner: Library version and GPU; a cache of another owner is not used.
+        owner: Library version, GPU and driver; a cache of another owner is not used.
     """
 
     def __init__(self, path: Path, owner: str) -> None:
@@ -51,7 +59,11 @@ class RuntimeCache:
         blob = bytes(memoryview(self._cache.serialize()))
         header = json.dumps({"owner": self.owner, "digest": digest_of_bytes(blob)})
         try:
-            write_atomic(self.path, MAGIC + header.encode() + b"\n" + blob)
+            # another process that saves has compiled the same kernels
+            with FileLock(self.path.with_suffix(".lock"), timeout=0):
+                write_atomic(self.path, MAGIC + header.encode() + b"\n" + blob)
+        except Timeout:
+            logger.debug("%s is being written by another process", self.path.name)
         except (OSError, DiskFullError) as error:
             logger.warning("Compiled kernels were not stored: %s", error)
 
@@ -69,7 +81,9 @@ class RuntimeCache:
         header, _, blob = rest.partition(b"\n")
         problem = self._problem(magic + b"\n", header, blob)
         if problem:
-            logger.warning("%s is not used, kernels are compiled again: %s", FILE_NAME, problem)
+            logger.warning(
+                "%s is not used, kernels are compiled again: %s", self.path.name, problem
+            )
             return None
         return blob
 

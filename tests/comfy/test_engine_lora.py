@@ -240,3 +240,61 @@ def test_changes_of_norms_are_refused(engine: EnginePatcher) -> None:
     key = "diffusion_model.double_blocks.0.img_attn.norm.key_norm.weight"
     with pytest.raises(EngineWeightError, match="key_norm"):
         engine.add_patches({key: (torch.ones(128),)})
+
+
+def test_second_device_gets_an_engine_of_its_own(engine: EnginePatcher) -> None:
+    def load_again(disable_dynamic: bool = False) -> EnginePatcher:
+        return engine_over(stock_flux())
+
+    engine.cached_patcher_init = (load_again, ())
+    patched = with_lora(engine, small(lora_of(*DOUBLE, *OUTSIDE)))
+    expected = sample(patched)
+    second = patched.deepclone_multigpu(torch.device("cpu"))
+    assert isinstance(second, EnginePatcher)
+    assert second.model.engine is not engine.model.engine
+    assert torch.equal(sample(second), expected)
+    assert second.model.engine.adapters.keys() == {"double_blocks.1"}
+    second.detach()
+    assert torch.equal(sample(patched), expected)
+
+
+def test_missing_plans_are_built_before_anything_is_loaded(
+    engine: EnginePatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[list[str]] = []
+    plans = engine.model.engine
+    progress: list[str] = []
+
+    class Progress:
+        def show(self, text: str) -> None:
+            progress.append(text)
+
+    def build(folder: Any, blocks: list[str], _progress: Any) -> None:
+        assert not plans.loaded
+        built.append(blocks)
+
+    monkeypatch.setattr(plans, "missing_lora_plans", lambda blocks: blocks[:1])
+    monkeypatch.setattr("flux_fp4.nodes.engine_patcher.build_lora_plans", build)
+    monkeypatch.setattr("flux_fp4.nodes.engine_patcher.progress_of_running_node", Progress)
+    sample(with_lora(engine, small(lora_of(*DOUBLE, *SINGLE))))
+    assert built == [["double_blocks.1"]]
+    assert progress == [""]  # nothing stays on the sampler
+
+
+def test_cancelled_build_leaves_the_model_usable(
+    engine: EnginePatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = sample(engine)
+    patched = with_lora(engine, small(lora_of(*DOUBLE)))
+
+    def cancel(*_arguments: Any) -> None:
+        raise mm.InterruptProcessingException
+
+    monkeypatch.setattr(engine.model.engine, "missing_lora_plans", list)
+    monkeypatch.setattr("flux_fp4.nodes.engine_patcher.build_lora_plans", cancel)
+    monkeypatch.setattr("flux_fp4.nodes.engine_patcher.progress_of_running_node", object)
+    with pytest.raises(mm.InterruptProcessingException):
+        sample(patched)
+    monkeypatch.undo()
+    assert torch.equal(sample(engine), before)
+    assert not torch.equal(sample(patched), before)

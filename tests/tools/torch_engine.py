@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import comfy.memory_management
@@ -23,6 +24,7 @@ class TorchEngine:
     """Has the methods of `trt_runtime.engine.Engine` that a MODEL uses, and counts their calls."""
 
     weight_bytes = 5_000_000
+    folder = Path("small")
 
     def __init__(self, blocks: Mapping[str, DoubleStreamBlock | SingleStreamBlock]) -> None:
         """Take stock blocks by name; their own modulation is not used."""

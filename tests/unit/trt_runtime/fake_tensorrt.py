@@ -39,6 +39,18 @@ class ExecutionContextAllocationStrategy(enum.Enum):
     USER_MANAGED = 1
 
 
+class EngineValidity(enum.IntEnum):
+    VALID = 0
+    SUBOPTIMAL = 1
+    INVALID = 2
+
+
+class EngineInvalidityDiagnostics(enum.IntEnum):
+    OLD_CUDA_DRIVER = 4
+    INSUFFICIENT_GPU_MEMORY = 16
+    MALFORMED_ENGINE = 32
+
+
 class ILogger:
     INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
 
@@ -64,7 +76,12 @@ class FakeLibrary:
     alive: set[str] = field(default_factory=set)
     """Engines and contexts that exist."""
 
+    invalid: int | None = None
+    """Diagnostics of every plan; None: plans are valid."""
+
     DataType = DataType
+    EngineValidity = EngineValidity
+    EngineInvalidityDiagnostics = EngineInvalidityDiagnostics
     TensorIOMode = TensorIOMode
     ExecutionContextAllocationStrategy = ExecutionContextAllocationStrategy
     ILogger = ILogger
@@ -100,6 +117,10 @@ class Handle:
 @dataclass
 class FakeRuntime:
     library: FakeLibrary
+
+    def get_engine_validity(self, buffer: bytes) -> tuple[EngineValidity, int]:
+        invalid = self.library.invalid
+        return (EngineValidity.VALID, 0) if invalid is None else (EngineValidity.INVALID, invalid)
 
     def deserialize_cuda_engine(self, serialized_engine: bytes) -> FakeEngine | None:
         if self.library.fails("deserialize_cuda_engine"):

@@ -20,6 +20,7 @@ class Doubling:
     loaded = True
     weight_bytes = 7
     activation_bytes = 0
+    machine = None
 
     def __init__(self) -> None:
         self.batches: list[int] = []

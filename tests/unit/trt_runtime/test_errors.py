@@ -61,6 +61,18 @@ EXAMPLES: list[tuple[EngineError, str]] = [
         "again to build them.",
     ),
     (
+        errors.SelfTestError("single_blocks.0", 3.25, 10.0, ENGINE / "self_test_failed.json"),
+        "The engine is not used: on this GPU block 'single_blocks.0' gives 3.2 dB against the "
+        "reference, at least 10 dB are needed. Update the NVIDIA driver and build again with "
+        "\"Build TensorRT Engine\". If it stays, report it with 'self_test_failed.json' from the "
+        'engine\'s folder; until then choose backend "reference".',
+    ),
+    (
+        errors.PlanValidityError("single_blocks.0", ["OLD_CUDA_DRIVER"]),
+        "TensorRT refuses the plan of block 'single_blocks.0' on this machine: old cuda driver. "
+        "Update the NVIDIA driver.",
+    ),
+    (
         errors.DiskFullError(ENGINE / "a.plan", 300, 20),
         "'a.plan' needs 300 bytes, but the disk takes no more (20 bytes free in 'sm120'). Free "
         "some space and run the step again; finished blocks are kept.",

@@ -18,6 +18,7 @@ from flux_fp4.trt_runtime.errors import (
     EngineNotLoadedError,
     ExecutionError,
     PlanDigestError,
+    PlanValidityError,
 )
 from flux_fp4.trt_runtime.executor import TensorRTExecutor
 from flux_fp4.trt_runtime.manifest import EngineManifest
@@ -67,7 +68,7 @@ def test_library_without_kernel_cache_gets_the_strategy_itself(
     user_managed = fake_tensorrt.ExecutionContextAllocationStrategy.USER_MANAGED
     assert {call[2] for call in kinds(library, "context")} == {user_managed}
     assert kinds(library, "create_runtime_cache") == []
-    assert not (engine_copy / "runtime.cache").exists()
+    assert list(engine_copy.glob("*.cache")) == []
 
 
 def test_run_sets_shapes_memory_addresses_and_executes_in_order(
@@ -146,7 +147,8 @@ def test_unload_waits_saves_and_frees_everything(
     assert library.alive == set()
     assert executor.scratch_bytes == 0
     assert not executor.loaded
-    assert (engine_copy / "runtime.cache").read_bytes().endswith(b"more kernels")
+    (cache,) = engine_copy.glob("*.cache")
+    assert cache.read_bytes().endswith(b"more kernels")
     with pytest.raises(EngineNotLoadedError):
         executor.run(SINGLE, {})
     executor.load(CPU)
@@ -156,8 +158,8 @@ def test_unload_waits_saves_and_frees_everything(
 def test_kernels_are_stored_after_load_and_when_shapes_repeat(
     executor: TensorRTExecutor, library: FakeLibrary, manifest: EngineManifest, engine_copy: Path
 ) -> None:
-    cache = engine_copy / "runtime.cache"
     executor.load(CPU)
+    (cache,) = engine_copy.glob("*.cache")
     assert cache.read_bytes().endswith(b"compiled")
     library.cache_content = b"for these shapes"
     inputs = block_inputs(manifest.blocks[1], 40, 8)
@@ -173,8 +175,8 @@ def test_kernels_are_stored_after_load_and_when_shapes_repeat(
 def test_alternating_shapes_do_not_store_the_kernels_every_step(
     executor: TensorRTExecutor, manifest: EngineManifest, engine_copy: Path
 ) -> None:
-    cache = engine_copy / "runtime.cache"
     executor.load(CPU)
+    (cache,) = engine_copy.glob("*.cache")
     written = []
     for img_tokens in (40, 80, 40, 80, 40):
         cache.unlink(missing_ok=True)
@@ -212,6 +214,45 @@ def test_changed_plan_is_not_deserialized(
         executor.load(CPU)
     assert kinds(library, "deserialize") == [("deserialize", DOUBLE)]
     assert not executor.loaded
+
+
+def test_driver_that_is_too_old_is_named(executor: TensorRTExecutor, library: FakeLibrary) -> None:
+    library.invalid = 4
+    with pytest.raises(PlanValidityError, match="Update the NVIDIA driver") as caught:
+        executor.load(CPU)
+    assert (caught.value.block, caught.value.reasons) == (DOUBLE, ("OLD_CUDA_DRIVER",))
+    assert kinds(library, "deserialize") == []
+    assert not executor.loaded
+
+
+def test_too_little_memory_for_a_plan_is_the_error_that_comfyui_answers(
+    executor: TensorRTExecutor, library: FakeLibrary
+) -> None:
+    library.invalid = 16
+    with pytest.raises(torch.OutOfMemoryError, match=DOUBLE):
+        executor.load(CPU)
+
+
+def test_validity_without_a_finding_is_not_a_refusal(
+    executor: TensorRTExecutor, library: FakeLibrary
+) -> None:
+    library.invalid = 0
+    executor.load(CPU)
+    assert executor.loaded
+
+
+def test_kernels_are_kept_by_driver(
+    executor: TensorRTExecutor, engine_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor.load(CPU)
+    executor.unload()
+    (first,) = engine_copy.glob("*.cache")
+    monkeypatch.setattr("flux_fp4.trt_runtime.executor.driver_version", lambda: "999.1")
+    executor.load(CPU)
+    assert executor.machine is not None
+    assert executor.machine.driver == "999.1"
+    assert len(list(engine_copy.glob("*.cache"))) == 2
+    assert first.is_file()
 
 
 @pytest.mark.parametrize("call", ["set_input_shape", "set_tensor_address", "execute_async_v3"])
@@ -278,6 +319,8 @@ def test_engine_splits_batches_above_the_profile(
         (fake_tensorrt.FakeCache, "IRuntimeCache"),
         (fake_tensorrt.FakeContext, "IExecutionContext"),
         (fake_tensorrt.DataType, "DataType"),
+        (fake_tensorrt.EngineValidity, "EngineValidity"),
+        (fake_tensorrt.EngineInvalidityDiagnostics, "EngineInvalidityDiagnostics"),
         (fake_tensorrt.TensorIOMode, "TensorIOMode"),
         (fake_tensorrt.ExecutionContextAllocationStrategy, "ExecutionContextAllocationStrategy"),
     ],
@@ -301,7 +344,6 @@ def test_installed_library_refuses_a_damaged_plan_with_its_reason(
 ) -> None:
     backend = load_backend("tensorrt_rtx")
     executor = TensorRTExecutor(engine_copy, manifest, backend, FakeCuda([]))
-    with pytest.raises(ExecutionError) as caught:
+    with pytest.raises(PlanValidityError) as caught:
         executor.load(CPU)
-    assert (caught.value.block, caught.value.step) == (DOUBLE, "deserialize_cuda_engine")
-    assert caught.value.messages
+    assert (caught.value.block, caught.value.reasons) == (DOUBLE, ("MALFORMED_ENGINE",))
