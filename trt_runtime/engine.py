@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -13,11 +12,10 @@ import torch
 
 from .adapters import Adapters
 from .backend import choose_backend, probe_gpu
-from .contract import TensorSpec
+from .block_call import AcceptedCall, Shapes, accepted_call, batch_parts
 from .errors import BlockInputError
-from .manifest import EngineManifest, PlanEntry, load_manifest, verify_engine
+from .manifest import EngineManifest, load_manifest, verify_engine
 from .self_test import Machine, SelfTest
-from .spec import ShapeProfile
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +75,7 @@ class Engine:
         self._self_test = self_test
         self._adapters: Adapters = {}
         self._entries = {entry.block: entry for entry in manifest.blocks}
+        self._calls: dict[str, AcceptedCall] = {}
 
     @classmethod
     def open(
@@ -201,80 +200,28 @@ class Engine:
             BlockInputError: a name, rank, size or type does not match the signature.
             ShapeProfileError: more or fewer tokens than the engine was built for.
         """
+        shapes = [(name, tensor.shape, tensor.dtype) for name, tensor in inputs.items()]
+        call = self._calls.get(block)
+        if call is None or call.shapes != shapes:
+            call = self._calls[block] = self._accepted(block, inputs, shapes)
+        if call.as_given:
+            outputs = self._executor.run(block, inputs)
+        else:
+            results = [
+                self._executor.run(block, part)
+                for part in batch_parts(call.entry, inputs, call.batch, call.parts)
+            ]
+            outputs = {name: torch.cat([part[name] for part in results]) for name in results[0]}
+        dtype = inputs[call.entry.inputs[0].name].dtype
+        return {
+            name: value if value.dtype is dtype else value.to(dtype)
+            for name, value in outputs.items()
+        }
+
+    def _accepted(
+        self, block: str, inputs: Mapping[str, torch.Tensor], shapes: Shapes
+    ) -> AcceptedCall:
         entry = self._entries.get(block)
         if entry is None:
             raise BlockInputError(block, f"the engine has {len(self._entries)} other blocks")
-        sizes = matched_sizes(entry, inputs)
-        check_profile(self.manifest.profile, sizes)
-        parts = [
-            self._executor.run(block, part)
-            for part in batch_parts(entry, inputs, sizes["B"], self.manifest.profile.max_batch)
-        ]
-        dtype = inputs[entry.inputs[0].name].dtype
-        return {
-            name: torch.cat([part[name] for part in parts]).to(dtype)
-            if len(parts) > 1
-            else parts[0][name].to(dtype)
-            for name in parts[0]
-        }
-
-
-def matched_sizes(entry: PlanEntry, inputs: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """Return the size of every dynamic axis, after matching all inputs with the signature.
-
-    Raises:
-        BlockInputError: a name, rank, size or type does not match.
-    """
-    expected = {spec.name for spec in entry.inputs}
-    if inputs.keys() != expected:
-        missing, unknown = sorted(expected - inputs.keys()), sorted(inputs.keys() - expected)
-        raise BlockInputError(entry.block, f"missing inputs {missing}, unexpected inputs {unknown}")
-    sizes = {"B": max(tensor.shape[0] if tensor.dim() else 1 for tensor in inputs.values())}
-    for spec in entry.inputs:
-        _match(entry.block, spec, inputs[spec.name], sizes)
-    if {"N", "T", "S"} <= sizes.keys() and sizes["S"] != sizes["N"] + sizes["T"]:
-        raise BlockInputError(
-            entry.block,
-            f"{sizes['N']} image and {sizes['T']} text tokens, but rotary tables for {sizes['S']}",
-        )
-    return sizes
-
-
-def _match(block: str, spec: TensorSpec, tensor: torch.Tensor, sizes: dict[str, int]) -> None:
-    if not tensor.is_floating_point():
-        raise BlockInputError(block, f"input '{spec.name}' is {tensor.dtype}, not floating point")
-    shape = tuple(tensor.shape)
-    fits = len(shape) == len(spec.shape)
-    for dim, size in zip(spec.shape, shape):  # noqa: B905  # the ranks were compared
-        if isinstance(dim, str):
-            allowed = (1, sizes["B"]) if dim == "B" else (sizes.setdefault(dim, size),)
-        else:
-            allowed = (dim,)
-        fits = fits and size in allowed
-    if not fits:
-        wanted = [sizes.get(dim, dim) if isinstance(dim, str) else dim for dim in spec.shape]
-        raise BlockInputError(block, f"input '{spec.name}' is {list(shape)}, expected {wanted}")
-
-
-def check_profile(profile: ShapeProfile, sizes: Mapping[str, int]) -> None:
-    """Raise ShapeProfileError when a token count is outside the profile."""
-    for axis in ("N", "T", "S"):
-        if axis in sizes:
-            profile.range(axis).check(sizes[axis])
-
-
-def batch_parts(
-    entry: PlanEntry, inputs: Mapping[str, torch.Tensor], batch: int, max_batch: int
-) -> list[dict[str, torch.Tensor]]:
-    """Split inputs along the batch into parts of at most `max_batch`, as equal as possible."""
-    count = math.ceil(batch / max_batch)
-    bounds = [batch * i // count for i in range(count + 1)]
-    dynamic = {spec.name for spec in entry.inputs if spec.shape[:1] == ("B",)}
-    full = {
-        name: tensor.expand(batch, *tensor.shape[1:]) if name in dynamic else tensor
-        for name, tensor in inputs.items()
-    }
-    return [
-        {name: t[start:end] if name in dynamic else t for name, t in full.items()}
-        for start, end in itertools.pairwise(bounds)
-    ]
+        return accepted_call(entry, self.manifest.profile, inputs, shapes)

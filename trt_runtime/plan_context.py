@@ -65,6 +65,7 @@ class PlanContext:
         self.entry = entry
         self._engine, self._context, self._device, self._require = engine, context, device, require
         self._inputs = _types(spec for spec in entry.inputs if not is_factor(spec.name))
+        self._input_names = [name for name, _ in self._inputs]
         self._outputs = _types(entry.outputs)
         self._factors: dict[str, torch.Tensor] = {}
         self._shapes: list[torch.Size] = []
@@ -100,9 +101,8 @@ class PlanContext:
             return False
         # forgotten first: after a failure the next run must set all of them again
         self._shapes = []
-        names = [name for name, _ in self._inputs]
         factors = ((name, tensor.shape) for name, tensor in self._factors.items())
-        for name, shape in (*zip(names, shapes, strict=True), *factors):
+        for name, shape in (*zip(self._input_names, shapes, strict=True), *factors):
             self._check(
                 self._context.set_input_shape(name, tuple(shape)), f"set_input_shape '{name}'"
             )
@@ -112,7 +112,7 @@ class PlanContext:
         self._output_shapes = [
             tuple(self._context.get_tensor_shape(name)) for name, _ in self._outputs
         ]
-        self._set_addresses(self._factors)
+        self._set_addresses(self._factors.items())
         self._shapes = shapes
         new = tuple(shapes) not in self._seen
         self._seen.add(tuple(shapes))
@@ -132,8 +132,8 @@ class PlanContext:
             name: torch.empty(shape, dtype=dtype, device=self._device)
             for (name, dtype), shape in zip(self._outputs, self._output_shapes, strict=True)
         }
-        self._set_addresses({name: t for (name, _), t in zip(self._inputs, tensors, strict=True)})
-        self._set_addresses(outputs)
+        self._set_addresses(zip(self._input_names, tensors, strict=True))
+        self._set_addresses(outputs.items())
         return outputs
 
     def execute(self, stream: int) -> None:
@@ -146,9 +146,9 @@ class PlanContext:
         self._engine = None
         self._factors = {}
 
-    def _set_addresses(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def _set_addresses(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         known = self._addresses
-        for name, tensor in tensors.items():
+        for name, tensor in tensors:
             address = tensor.data_ptr()
             if known.get(name) != address:
                 # forgotten first, for the same reason as shapes
