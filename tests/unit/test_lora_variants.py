@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from block_inputs import block_inputs, embedded_sample
@@ -21,6 +22,7 @@ from flux_fp4.trt_runtime.builder import build_engine
 from flux_fp4.trt_runtime.contract import lora_variant
 from flux_fp4.trt_runtime.engine import Engine
 from flux_fp4.trt_runtime.errors import (
+    BlockContractError,
     BlocksMissingError,
     EngineStaleError,
     EngineVersionError,
@@ -308,3 +310,21 @@ def test_record_with_foreign_inputs_is_refused(engine_dir: Path, change: str) ->
     with pytest.raises(ManifestInvalidError):
         read_manifest_file(record)
     assert lora_plans(engine_dir, load_manifest(engine_dir)) == {}
+
+
+@pytest.mark.parametrize("change", ["axis", "number", "missing", "name"])
+def test_variant_with_other_factors_is_refused(engine_dir: Path, change: str) -> None:
+    path = engine_dir.parent / f"{SINGLE}.lora.onnx"
+    model = onnx.load(path, load_external_data=False)
+    factor = next(value for value in model.graph.input if value.name == "linear1.lora_down")
+    if change == "axis":
+        factor.type.tensor_type.shape.dim[1].dim_param = "R_linear2"
+    elif change == "number":
+        factor.type.tensor_type.shape.dim[1].dim_value = 16
+    elif change == "missing":
+        model.graph.input.remove(factor)
+    else:
+        factor.name = "linear1.lora_sideways"
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(BlockContractError):
+        read_signature(path)
