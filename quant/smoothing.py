@@ -1,8 +1,8 @@
 """Choosing by how much each input channel of an NVFP4 Linear is scaled before it is rounded.
 
 ``x * p`` against ``weight / p``: the product stays, the roundings change. ModelOpt's ``awq_lite``
-finds a scale by the error of the rounded *weight* alone. Where inputs are NVFP4 too, that can make
-them much worse: on the trained small model its choice cost almost 3 dB of the velocity
+finds a scale by the error of the rounded *weight* alone, and inputs are NVFP4 too: with it the
+trained small model's velocity was almost 3 dB worse than without smoothing
 (docs/adr/0007-smoothing-by-output-error.md). So its scale is one candidate here, beside those of
 SmoothQuant and none at all, and the error of the output decides with both roundings in it.
 """
@@ -23,7 +23,7 @@ _MIGRATION = (0.25, 0.5, 0.75, 1.0)
 
 _WORTHWHILE = 0.9
 """Part of the unsmoothed error that a scale must stay below. The rows are a sample: what is better
-by less on them is as often worse on other pictures (the ADR has the numbers)."""
+by less on them need not be on other pictures (the ADR says how it was chosen)."""
 
 
 def best_scale(
