@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -116,10 +116,10 @@ class FactorStore:
         }
         self._placed = {}
 
-    def place(self, put: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def place(self, device: torch.device) -> None:
         """Copy all factors to where blocks run."""
         self._placed = {
-            block: {name: put(tensor) for name, tensor in factors.items()}
+            block: {name: tensor.to(device) for name, tensor in factors.items()}
             for block, factors in self._stored.items()
         }
 

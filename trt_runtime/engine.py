@@ -12,9 +12,9 @@ import torch
 
 from .adapters import Adapters
 from .backend import choose_backend, probe_gpu
-from .block_call import AcceptedCall, Shapes, accepted_call, batch_parts
+from .block_call import AcceptedCall, accepted_call, batch_parts
 from .errors import BlockInputError
-from .manifest import EngineManifest, load_manifest, verify_engine
+from .manifest import EngineManifest, PlanEntry, load_manifest, verify_engine
 from .self_test import Machine, SelfTest
 
 logger = logging.getLogger(__name__)
@@ -178,8 +178,7 @@ class Engine:
             AdapterError: Factors do not fit; nothing has changed.
         """
         for block in adapters:
-            if block not in self._entries:
-                raise BlockInputError(block, f"the engine has {len(self._entries)} other blocks")
+            self._entry(block)
         self._executor.use(adapters)
         self._adapters = adapters
 
@@ -203,7 +202,9 @@ class Engine:
         shapes = [(name, tensor.shape, tensor.dtype) for name, tensor in inputs.items()]
         call = self._calls.get(block)
         if call is None or call.shapes != shapes:
-            call = self._calls[block] = self._accepted(block, inputs, shapes)
+            profile = self.manifest.profile
+            call = accepted_call(self._entry(block), profile, inputs, shapes)
+            self._calls[block] = call
         if call.as_given:
             outputs = self._executor.run(block, inputs)
         else:
@@ -218,10 +219,8 @@ class Engine:
             for name, value in outputs.items()
         }
 
-    def _accepted(
-        self, block: str, inputs: Mapping[str, torch.Tensor], shapes: Shapes
-    ) -> AcceptedCall:
+    def _entry(self, block: str) -> PlanEntry:
         entry = self._entries.get(block)
         if entry is None:
             raise BlockInputError(block, f"the engine has {len(self._entries)} other blocks")
-        return accepted_call(entry, self.manifest.profile, inputs, shapes)
+        return entry

@@ -277,13 +277,12 @@ class PlanValidityError(EngineError):
 
     def __init__(self, block: str, reasons: Sequence[str]) -> None:
         self.block, self.reasons = block, tuple(reasons)
-        driver = "Update the NVIDIA driver."
-        remedies = {"OLD_CUDA_DRIVER": driver, "OLD_CUDA_RUNTIME": driver, "CUDA_ERROR": driver}
-        known = [remedies[reason] for reason in reasons if reason in remedies]
+        is_driver = {"OLD_CUDA_DRIVER", "OLD_CUDA_RUNTIME", "CUDA_ERROR"} & set(reasons)
+        remedy = "Update the NVIDIA driver." if is_driver else f"Build it again with {BUILD_NODE}."
         super().__init__(
             f"TensorRT refuses the plan of block '{block}' on this machine: "
             f"{', '.join(reasons).lower().replace('_', ' ')}. "
-            f"{known[0] if known else f'Build it again with {BUILD_NODE}.'}"
+            f"{remedy}"
         )
 
 

@@ -196,7 +196,7 @@ class TensorRTExecutor:
                     self._blocks.pop(block).release()
                 self._blocks[block] = self._loaded(entry)
                 loaded += 1
-        self._factors.place(lambda tensor: tensor.to(self._device))
+        self._factors.place(self._device)
         for block in self._factors.blocks:
             self._blocks[block].set_factors(self._factors.inputs_of(block))
         if loaded:

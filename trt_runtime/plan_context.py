@@ -157,8 +157,7 @@ class PlanContext:
                 known[name] = address
 
     def _check(self, succeeded: bool, step: str) -> None:
-        if not succeeded:
-            self._require(False, self.entry.block, step)
+        self._require(succeeded, self.entry.block, step)
 
 
 def _types(specs: Iterable[TensorSpec]) -> tuple[tuple[str, torch.dtype], ...]:

@@ -128,7 +128,7 @@ class ReferenceExecutor:
                 # the old one goes first
                 self._sessions.pop(block, None)
                 self._sessions[block] = (signature.path, session_from_onnx(signature.path))
-        self._factors.place(lambda tensor: tensor)
+        self._factors.place(torch.device("cpu"))
 
     def _variant(self, block: str) -> BlockSignature:
         path = self._folder / f"{lora_variant(block)}.onnx"

@@ -130,8 +130,7 @@ class BlockGraph:
 
     def linear_shape(self, linear: str) -> tuple[int, int]:
         """Return ``(N, K)`` of a Linear's weight."""
-        outputs, inputs = _logical_shape(self._checkpoint.tensors[f"{self._prefix}{linear}.weight"])
-        return outputs, inputs
+        return self._checkpoint.linear_shape(self._prefix + linear)
 
     def constant(self, name: str, value: float | np.ndarray) -> ir.Value:
         """Return a constant in the high-precision type; one initializer per name."""
