@@ -20,6 +20,7 @@ import struct
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -102,11 +103,12 @@ class MemoryMeter:
 
 
 def _children() -> list[str]:
-    try:
-        return Path("/proc/self/task/self/children").read_text().split()
-    except OSError:
-        tasks = Path("/proc/self/task").iterdir()
-        return [pid for task in tasks for pid in (task / "children").read_text().split()]
+    children = []
+    for task in Path("/proc/self/task").iterdir():
+        # a thread may end between being listed and being read
+        with suppress(OSError):
+            children += (task / "children").read_text().split()
+    return children
 
 
 def _memory(process: str) -> tuple[int, int]:

@@ -17,10 +17,10 @@ from .recipe import Format, QuantizeOptions, Recipe
 from .smoothing import best_scale
 from .statistics import LinearStatistics, spread
 
-_SMOOTHING_OUTPUTS = 1024
+_SMOOTHING_OUTPUTS = 256
 """Outputs of a Linear that smoothing looks at, evenly spaced. Its scales belong to the inputs, so a
 sample of outputs tells the error of each choice as well (``test_linear_quantizer.py`` compares),
-and takes a small part of the time at FLUX.1-dev's size."""
+and takes a small part of the time at FLUX.1-dev's size; docs/adr/0007 has what 1,024 cost."""
 
 _BRANCH_SEED = 0
 """Of the randomized range finder: the same weight always gives the same branch."""
