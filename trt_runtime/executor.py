@@ -10,9 +10,11 @@ import torch
 
 from .adapters import Adapters, FactorStore, factor_inputs
 from .backend import Backend, RuntimeLog, runtime_log
+from .baked_plans import BakedBlocks, baked_plans
 from .cuda_access import CudaAccess
 from .driver import driver_version
 from .errors import (
+    BakedPlanMissingError,
     EngineNotLoadedError,
     ExecutionError,
     LoraPlanMissingError,
@@ -50,6 +52,7 @@ class TensorRTExecutor:
         self._runtime: Any = None
         self._blocks: dict[str, PlanContext] = {}
         self._variants: dict[str, PlanEntry] = {}
+        self._variants_dir = engine_dir
         self._factors = FactorStore()
         self._scratch: ScratchMemory | None = None
         self._cache: RuntimeCache | None = None
@@ -117,7 +120,7 @@ class TensorRTExecutor:
         return [block for block in blocks if block not in plans]
 
     def use(self, adapters: Adapters) -> None:
-        """Run these adapters, and no others, from the next run on.
+        """Run these adapters, and neither others nor baked blocks, from the next run on.
 
         Blocks with an adapter run their variant's plan, all others their own. What is loaded and
         does not change stays loaded.
@@ -135,8 +138,33 @@ class TensorRTExecutor:
             block: factor_inputs(block, plans[block].inputs, linears)
             for block, linears in adapters.items()
         }
-        self._variants = {block: plans[block] for block in adapters}
         self._factors.replace(inputs, TORCH_DTYPES[self._manifest.high_precision])
+        self._run_instead({block: plans[block] for block in adapters}, self._engine_dir)
+
+    def missing_baked_plans(self, baked: BakedBlocks) -> list[str]:
+        """Return the changed blocks that must be built before `use_baked`."""
+        plans = baked_plans(self._engine_dir, self._manifest, baked)
+        return [block for block in baked.blocks if block not in plans]
+
+    def use_baked(self, baked: BakedBlocks) -> None:
+        """Run changed blocks, and neither others nor adapters, from the next run on.
+
+        What is loaded and does not change stays loaded.
+
+        Raises:
+            BakedPlanMissingError: A block was not built for this engine; nothing has changed.
+            EngineError: A plan could not be loaded; nothing stays loaded then.
+        """
+        plans = baked_plans(self._engine_dir, self._manifest, baked)
+        missing = [block for block in baked.blocks if block not in plans]
+        if missing:
+            raise BakedPlanMissingError(missing)
+        self._factors.replace({}, TORCH_DTYPES[self._manifest.high_precision])
+        self._run_instead(plans, baked.plan_dir(self._engine_dir))
+
+    def _run_instead(self, variants: dict[str, PlanEntry], folder: Path) -> None:
+        """Run the plans in `folder` for these blocks, and the engine's own for all others."""
+        self._variants, self._variants_dir = variants, folder
         if not self._blocks:
             return
         complete = False
@@ -203,7 +231,8 @@ class TensorRTExecutor:
             self._save_kernels()
 
     def _loaded(self, entry: PlanEntry) -> PlanContext:
-        plan = read_plan(self._engine_dir, entry)
+        is_variant = entry in self._variants.values()
+        plan = read_plan(self._variants_dir if is_variant else self._engine_dir, entry)
         self._check_validity(entry, plan)
         engine = self._runtime.deserialize_cuda_engine(plan)
         self._require(engine is not None, entry.block, "deserialize_cuda_engine")
