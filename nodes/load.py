@@ -11,6 +11,7 @@ from .fingerprint import file_state
 from .schema import CATEGORY, description
 
 BACKENDS = ("auto", "tensorrt_rtx", "tensorrt", "reference")
+LORA_MODES = ("runtime", "baked")
 
 BACKEND = io.Combo.Input(
     "backend",
@@ -18,6 +19,15 @@ BACKEND = io.Combo.Input(
     default="auto",
     tooltip="What runs the blocks. auto takes the library the engine was built for, and the slow "
     "CPU reference where no GPU can run it; the log says why.",
+)
+LORA = io.Combo.Input(
+    "lora",
+    options=list(LORA_MODES),
+    default="runtime",
+    optional=True,
+    tooltip="How LoRAs behind this node work. runtime: another LoRA or strength acts at once, at "
+    "some cost per step. baked: no cost per step, but blocks that a LoRA touches are quantized "
+    "again from the original checkpoint and rebuilt when LoRA or strength changes; kept for later.",
 )
 MODEL_OUTPUT = "MODEL for any sampler. Works with ControlNet, references and block patches."
 
@@ -43,6 +53,7 @@ class LoadEngine(io.ComfyNode):
                     "'Build TensorRT Engine'.",
                 ),
                 BACKEND,
+                LORA,
             ],
             outputs=[io.Model.Output(display_name="model", tooltip=MODEL_OUTPUT)],
         )
@@ -56,11 +67,11 @@ class LoadEngine(io.ComfyNode):
         return [file_state(file) for file in files]
 
     @classmethod
-    def execute(cls, engine: str, backend: str) -> io.NodeOutput:
+    def execute(cls, engine: str, backend: str, lora: str = "runtime") -> io.NodeOutput:
         from . import reports, stages
         from .progress import NodeProgress
 
-        model = stages.load(paths.engine_folder(engine), backend)
+        model = stages.load(paths.engine_folder(engine), backend, lora == "baked")
         text = reports.model_summary(engine, model)
         NodeProgress(cls.hidden.unique_id).show(text)
         return io.NodeOutput(model, ui=ui.PreviewText(text))

@@ -87,26 +87,32 @@ def build(
     return checkpoint.parent / spec.folder_name, manifest
 
 
-def load(engine: Path, backend: str) -> EnginePatcher:
+def load(engine: Path, backend: str, bakes_lora: bool = False) -> EnginePatcher:
     """Open an engine as MODEL.
+
+    Args:
+        engine: Folder with the manifest.
+        backend: ``auto`` or the name of a backend.
+        bakes_lora: Whether LoRAs are merged into blocks, instead of running beside them.
 
     Raises:
         EngineOutdatedError: The checkpoint beside it was quantized again after the build.
     """
-    patcher = load_engine_model(str(engine), backend)
+    patcher = load_engine_model(str(engine), backend, bakes_lora)
     # ComfyUI's multi-GPU nodes load the model a second time through this.
-    patcher.cached_patcher_init = (load_engine_model, (str(engine), backend))
+    patcher.cached_patcher_init = (load_engine_model, (str(engine), backend, bakes_lora))
     return patcher
 
 
 def load_engine_model(
-    engine_folder: str, backend: str, disable_dynamic: bool = False
+    engine_folder: str, backend: str, bakes_lora: bool = False, disable_dynamic: bool = False
 ) -> EnginePatcher:
     """Return a fresh patcher over an engine folder.
 
     Args:
         engine_folder: Folder with the manifest.
         backend: ``auto`` or the name of a backend.
+        bakes_lora: Whether LoRAs are merged into blocks, instead of running beside them.
         disable_dynamic: Part of ComfyUI's factory signature; an engine is never dynamic.
     """
     from ..quant.flux.config import block_linears
@@ -132,4 +138,5 @@ def load_engine_model(
         engine.manifest.profile.max_txt_tokens,
         load_device,
     )
+    model.bakes_lora = bakes_lora
     return EnginePatcher(model.to(offload_device), load_device, offload_device)
