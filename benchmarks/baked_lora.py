@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from pack_import import register_pack  # noqa: E402
 register_pack()
 import_comfyui()
 
-import comfy.weight_adapter  # noqa: E402
+import comfy.weight_adapter  # noqa: E402, TID251  # as a user's LoRA comes
 from flux_fp4.nodes.changed_source import ChangedSource  # noqa: E402
 from flux_fp4.quant.changed_blocks import quantize_changed_blocks  # noqa: E402
 from flux_fp4.quant.flux.config import block_linears  # noqa: E402
@@ -96,7 +97,7 @@ def bake(source: FluxSource, checkpoint: QuantizedCheckpoint, folder: Path, bloc
     engine_dir = checkpoint.path.parent / BuildSpec().folder_name
     build_baked_plans(engine_dir, baked, ignore_progress)
     times.append(time.monotonic())
-    seconds = [f"{after - before:.1f}" for before, after in zip(times, times[1:], strict=False)]
+    seconds = [f"{after - before:.1f}" for before, after in pairwise(times)]
     size = sum(file.stat().st_size for file in baked.folder.rglob("*") if file.is_file())
     return f"| {checkpoint.metadata.recipe} | {block} | {' | '.join(seconds)} | {size / 1e6:.0f} |"
 

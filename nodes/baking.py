@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 FOLDER = "baked"
 KEPT = 4
 """Bakes that stay on disk beside a checkpoint. One that touches every block of FLUX.1-dev takes
-twice the size of the quantized blocks: once as weights, once as plans."""
+about 10 GB, half of it plans."""
 
 _BLOCKS = "blocks.safetensors"
 _VERSION = "1"
