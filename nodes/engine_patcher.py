@@ -109,6 +109,7 @@ class EnginePatcher(comfy.model_patcher.ModelPatcher):
         in_place = model.engine.loaded or not model.bakes_lora
         if getattr(model, "adapters_uuid", None) == self.patches_uuid and in_place:
             return
+        model.adapters_uuid = None  # unknown, should one of these fail halfway
         if model.bakes_lora:
             use_baked(model, self.patches, self.load_device)
         else:

@@ -10,6 +10,8 @@ import pytest
 import torch
 from flux_fp4.quant.changed_blocks import quantize_changed_blocks
 from flux_fp4.quant.errors import OnnxExportMissingError, StatisticsMissingError
+from flux_fp4.quant.flux.config import FluxConfig, block_linears
+from flux_fp4.quant.native_checkpoint import save_native_checkpoint
 from flux_fp4.quant.onnx_export import export_blocks, exported_blocks
 from flux_fp4.quant.progress import Progress
 from flux_fp4.quant.quantized_checkpoint import QuantizedCheckpoint, is_in_plan
@@ -17,7 +19,7 @@ from flux_fp4.quant.sources.source import FluxSource, open_source
 from flux_fp4.quant.statistics_files import StatisticsFolder
 from merged_source import MergedSource, random_changes, save_merged
 from quantize_tiny import quantize, with_recipe
-from tiny_flux import TINY, ignore_progress, random_flux, random_samples, save_flux
+from tiny_flux import TINY, TINY_FLUX2, ignore_progress, random_flux, random_samples, save_flux
 
 DOUBLE, SINGLE = "double_blocks.0", "single_blocks.1"
 CHANGED = (f"{DOUBLE}.img_attn.qkv", f"{DOUBLE}.txt_mlp.2", f"{SINGLE}.linear1")
@@ -27,12 +29,13 @@ RECIPES = ("nvfp4-max", "nvfp4-mse", "nvfp4-awq", "nvfp4-svdquant-r16", "nvfp4-f
 class Base:
     """A quantized checkpoint, what it was made from, and its statistics."""
 
-    def __init__(self, folder: Path, recipe: str) -> None:
-        self.file = save_flux(random_flux(), folder / "source.safetensors")
+    def __init__(self, folder: Path, recipe: str, config: FluxConfig = TINY) -> None:
+        self.file = save_flux(random_flux(config), folder / "source.safetensors")
         self.statistics = folder / "statistics"
         path = folder / "base" / "base.safetensors"
         options = with_recipe(recipe, modulation="nvfp4")
-        self.header = quantize(self.file, path, options, statistics=self.statistics)
+        samples = random_samples(config)
+        self.header = quantize(self.file, path, options, samples, statistics=self.statistics)
         self.source = open_source(self.file)
 
     def again(
@@ -77,6 +80,35 @@ def test_without_a_change_the_base_comes_out_bit_for_bit(every_base: Base, tmp_p
     reports = {report.name: report for report in every_base.header.metadata.linears}
     assert len(found.metadata.linears) == 10
     assert all(reports[report.name] == report for report in found.metadata.linears)
+
+
+def test_flux2_comes_out_bit_for_bit(tmp_path: Path) -> None:
+    base = Base(tmp_path, "nvfp4-max", TINY_FLUX2)
+    found = base.again(base.source, tmp_path / "blocks.safetensors")
+    assert_equal_blocks(found, base.header)
+
+
+def test_source_in_nvfp4_keeps_the_codes_of_what_did_not_change(base: Base, tmp_path: Path) -> None:
+    native = tmp_path / "native.safetensors"
+    save_native_checkpoint(base.header, native, ignore_progress)
+    lend_statistics(base, native, tmp_path / "statistics")
+    options = base.header.metadata.options
+    path = tmp_path / "again" / "again.safetensors"
+    again = quantize(native, path, options, statistics=tmp_path / "statistics")
+    source = open_source(native)
+    changes = random_changes(source, CHANGED[0])
+    found = quantize_changed_blocks(
+        MergedSource(source, changes),
+        again,
+        (DOUBLE,),
+        tmp_path / "blocks.safetensors",
+        tmp_path / "statistics",
+        ignore_progress,
+    )
+    for linear in block_linears(DOUBLE):
+        name = f"{DOUBLE}.{linear}.weight"
+        kept = torch.equal(found.load(name), again.load(name))
+        assert kept == (f"{DOUBLE}.{linear}" not in changes), name
 
 
 def test_lora_comes_out_as_from_a_merged_checkpoint(base: Base, tmp_path: Path) -> None:
