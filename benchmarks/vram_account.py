@@ -23,6 +23,8 @@ from pack_import import register_pack  # noqa: E402
 
 register_pack()
 
+from flux_fp4.quant.flux.model import tensor_shapes  # noqa: E402
+from flux_fp4.quant.modulation import is_modulation_weight  # noqa: E402
 from flux_fp4.quant.quantized_checkpoint import is_in_plan  # noqa: E402
 from full_size import FLUX1_DEV  # noqa: E402
 from recipe_sizes import layout_of  # noqa: E402
@@ -44,7 +46,9 @@ class Account:
 
     plans: int
     torch_weights: int
+    modulation_weights: int
     largest_torch_weight: int
+    largest_modulation: int
     activations: int
     streams: int
 
@@ -52,6 +56,21 @@ class Account:
     def resident(self) -> int:
         """Everything on the GPU."""
         return self.plans + self.torch_weights + self.activations + self.streams
+
+    @property
+    def tabled(self) -> int:
+        """Modulation in main memory, with room for the largest Linear to pass (the default)."""
+        return self.resident - self.modulation_weights + self.passing
+
+    @property
+    def passing(self) -> int:
+        """As ``ModulationTable.working_bytes`` counts it."""
+        return 4 * self.largest_modulation
+
+    @property
+    def smallest(self) -> int:
+        """As ``tabled``, with one place for the plans to take turns in."""
+        return self.tabled - self.plans + max(PLAN_BYTES.values())
 
     @property
     def offloaded(self) -> int:
@@ -71,7 +90,18 @@ def account(modulation: str) -> Account:
     plans = FLUX1_DEV.depth * PLAN_BYTES["double"]
     plans += FLUX1_DEV.depth_single_blocks * PLAN_BYTES["single"]
     streams = STREAM_COPIES * TOKENS * FLUX1_DEV.hidden_size * torch.bfloat16.itemsize
-    return Account(plans, sum(outside.values()), max(outside.values()), ACTIVATION_BYTES, streams)
+    shapes = tensor_shapes(FLUX1_DEV)
+    linears = [name.removesuffix(".weight") for name in shapes if is_modulation_weight(name)]
+    modulation = [size for name, size in outside.items() if name.startswith(tuple(linears))]
+    return Account(
+        plans=plans,
+        torch_weights=sum(outside.values()),
+        modulation_weights=sum(modulation),
+        largest_torch_weight=max(outside.values()),
+        largest_modulation=max(torch.Size(shapes[f"{name}.weight"]).numel() for name in linears),
+        activations=ACTIVATION_BYTES,
+        streams=streams,
+    )
 
 
 def main() -> None:
@@ -80,10 +110,14 @@ def main() -> None:
     rows = {
         "57 plans": "plans",
         "PyTorch weights": "torch_weights",
+        "of them modulation in blocks": "modulation_weights",
+        "one modulation Linear on its way": "passing",
         "activations of one block": "activations",
         "token streams": "streams",
         "**all on the GPU**": "resident",
-        "**PyTorch weights offloaded**": "offloaded",
+        "**modulation in main memory** (default)": "tabled",
+        "**all PyTorch weights offloaded**": "offloaded",
+        "**default, plans taking turns in one place**": "smallest",
     }
     for label, field in rows.items():
         cells = [f"{getattr(found, field):,}" for found in accounts]

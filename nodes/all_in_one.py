@@ -12,7 +12,14 @@ from . import paths
 from .build import MAX_BATCH, MAX_MEGAPIXELS, MAX_TEXT_TOKENS, TARGET, WORKERS, build_spec
 from .errors import CalibrationMissingError
 from .fingerprint import OutputLedger
-from .load import BACKEND, MODEL_OUTPUT
+from .load import (
+    BACKEND,
+    ENGINE_MEMORY,
+    MAIN_MEMORY,
+    MODEL_OUTPUT,
+    MODULATION,
+    placement,
+)
 from .quantize import source_input, source_state
 from .recipe_inputs import ADVANCED, FP8_ATTENTION, options_from, recipe_input, recipe_state
 from .schema import CATEGORY, Samples, description
@@ -51,6 +58,8 @@ class EngineFromCheckpoint(io.ComfyNode):
                     "first run; when connected, other samples quantize the checkpoint again.",
                 ),
                 *ADVANCED,
+                MODULATION,
+                ENGINE_MEMORY,
             ],
             outputs=[io.Model.Output(display_name="model", tooltip=MODEL_OUTPUT)],
         )
@@ -75,6 +84,8 @@ class EngineFromCheckpoint(io.ComfyNode):
         backend: str,
         workers: int,
         samples: Any = None,
+        modulation_memory: str = MAIN_MEMORY,
+        engine_memory: float = 0.0,
         **advanced: Any,
     ) -> io.NodeOutput:
         from . import reports, stages
@@ -86,7 +97,7 @@ class EngineFromCheckpoint(io.ComfyNode):
         quantized = _quantized(checkpoint, options, samples, progress)
         stages.export(quantized, progress)
         folder, _ = stages.build(quantized, spec, workers, progress)
-        model = stages.load(folder, backend)
+        model = stages.load(folder, backend, placement(modulation_memory, engine_memory))
         cls.ledger.record(cls.hidden.unique_id, [quantized, folder / paths.MANIFEST])
         text = reports.model_summary(paths.engine_name(folder), model)
         progress.show(text)

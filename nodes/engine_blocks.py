@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
-from comfy.ldm.flux.layers import DoubleStreamBlock, Modulation, ModulationOut, SingleStreamBlock
+from comfy.ldm.flux.layers import DoubleStreamBlock, ModulationOut, SingleStreamBlock
 from torch import Tensor, nn
 
 from .errors import EngineWeightError, UnsupportedByEngineError
+from .modulation_table import TabledModulation
 from .rotary import RotaryTables
 
 # ComfyUI's own Linear has no parameters before its weights are loaded when DynamicVRAM is on (0.30,
@@ -87,8 +88,8 @@ class EngineDoubleBlock(DoubleStreamBlock):
         super().__init__(**sizes, device="meta", operations=_PARAMETERS_AT_ONCE)
         replace_weights(self, name, keep=("img_mod", "txt_mod"))
         if self.modulation:
-            self.img_mod = Modulation(sizes["hidden_size"], double=True, **weights)
-            self.txt_mod = Modulation(sizes["hidden_size"], double=True, **weights)
+            self.img_mod = TabledModulation(sizes["hidden_size"], double=True, **weights)
+            self.txt_mod = TabledModulation(sizes["hidden_size"], double=True, **weights)
         self.name, self.engine, self.rotary = name, engine, rotary
 
     def forward(
@@ -118,7 +119,7 @@ class EngineDoubleBlock(DoubleStreamBlock):
 class EngineSingleBlock(SingleStreamBlock):
     """A single block: text and image tokens in one stream, all inside one plan."""
 
-    modulation: Modulation | None
+    modulation: TabledModulation | None
 
     def __init__(
         self,
@@ -131,7 +132,7 @@ class EngineSingleBlock(SingleStreamBlock):
         super().__init__(**sizes, device="meta", operations=_PARAMETERS_AT_ONCE)
         replace_weights(self, name, keep=("modulation",))
         if self.modulation is not None:
-            self.modulation = Modulation(sizes["hidden_size"], double=False, **weights)
+            self.modulation = TabledModulation(sizes["hidden_size"], double=False, **weights)
         self.name, self.engine, self.rotary = name, engine, rotary
 
     def forward(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from .engine_blocks import BlockEngine, EngineDoubleBlock, EngineSingleBlock
 from .errors import CheckpointWeightsError
+from .modulation_table import install_table
 from .rotary import RotaryTables
 from .weight_changes import StoredLinears
 
@@ -41,6 +43,10 @@ class ModelEngine(BlockEngine, Protocol):
     @property
     def weight_bytes(self) -> int: ...
     @property
+    def resident_bytes(self) -> int: ...
+    def bytes_within(self, limit: int | None) -> int: ...
+    def limit(self, weight_bytes: int | None) -> None: ...
+    @property
     def loaded(self) -> bool: ...
     def activation_bytes(self, batch: int, img_tokens: int, txt_tokens: int) -> int: ...
     @property
@@ -60,6 +66,20 @@ class StoredModel(StoredLinears, Protocol):
     def name(self) -> str: ...
 
 
+@dataclass(frozen=True)
+class Placement:
+    """Where weights may be.
+
+    Attributes:
+        precompute_modulation: Keep the blocks' modulation weights in main memory and compute the
+            vectors of all steps at once. FLUX.2's blocks have no such weights.
+        engine_limit: GPU memory for the engine's weights in bytes; None: what ComfyUI has to give.
+    """
+
+    precompute_modulation: bool = True
+    engine_limit: int | None = None
+
+
 class SamplingMemory:
     """Answers ``BaseModel.memory_required``: what sampling needs besides the weights.
 
@@ -67,8 +87,14 @@ class SamplingMemory:
     the activations of one block, in a size it knows, and torch holds the token streams.
     """
 
-    def __init__(self, engine: ModelEngine, unet_config: Mapping[str, Any], txt_tokens: int):
-        self.engine = engine
+    def __init__(
+        self,
+        engine: ModelEngine,
+        unet_config: Mapping[str, Any],
+        txt_tokens: int,
+        modulation_bytes: int,
+    ):
+        self.engine, self.modulation_bytes = engine, modulation_bytes
         self.hidden_size = unet_config["hidden_size"]
         self.patch_size = unet_config["patch_size"]
         self.txt_tokens = txt_tokens
@@ -87,7 +113,8 @@ class SamplingMemory:
         tokens = batch * (img_tokens + txt_tokens)
         # fp32 bounds every dtype that ComfyUI may compute in
         streams = STREAM_COPIES * tokens * self.hidden_size * torch.float32.itemsize
-        return streams + self.engine.activation_bytes(batch, img_tokens, txt_tokens)
+        activations = self.engine.activation_bytes(batch, img_tokens, txt_tokens)
+        return streams + activations + self.modulation_bytes
 
 
 def build_engine_model(
@@ -98,6 +125,7 @@ def build_engine_model(
     checkpoint: StoredModel,
     max_txt_tokens: int,
     load_device: torch.device,
+    placement: Placement,
 ) -> BaseModel:
     """Return ComfyUI's model object for a FLUX whose blocks are in `engine`.
 
@@ -109,6 +137,7 @@ def build_engine_model(
         checkpoint: The quantized checkpoint, for error messages and weight patches.
         max_txt_tokens: Longest text the engine takes.
         load_device: Where the model will sample.
+        placement: Where weights may be.
 
     Raises:
         CheckpointWeightsError: `weights` are not exactly those that the model needs.
@@ -149,7 +178,10 @@ def build_engine_model(
     comfy.model_management.archive_model_dtypes(flux)
     model.engine, model.checkpoint, model.plan_linears = engine, checkpoint, plan_linears
     model.bakes_lora = False
-    model.memory_required = SamplingMemory(engine, unet_config, max_txt_tokens)
+    model.engine_limit = placement.engine_limit
+    model.modulation = install_table(model) if placement.precompute_modulation else None
+    working_bytes = 0 if model.modulation is None else model.modulation.working_bytes
+    model.memory_required = SamplingMemory(engine, unet_config, max_txt_tokens, working_bytes)
     return model
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import comfy.model_patcher
 import torch
+from comfy.model_patcher import LowVramPatch
 
 from ..trt_runtime.lora_plans import build_lora_plans
 from ..trt_runtime.spec import MAX_LORA_RANK
@@ -16,6 +17,9 @@ from .errors import EngineModelError, EngineWeightError
 from .progress import progress_of_running_node
 from .weight_changes import PREFIX, branches, check_patch
 
+EVERYTHING = 1e32
+"""More memory than there is, as ComfyUI writes it."""
+
 _NO_MERGE = "Merge the FLUX checkpoints and quantize the result with 'Quantize FLUX to FP4'"
 
 
@@ -23,17 +27,21 @@ class EnginePatcher(comfy.model_patcher.ModelPatcher):
     """Loads, offloads and frees engine and torch weights together.
 
     The base class is the plain `ModelPatcher`, not the dynamic one: an engine's memory cannot
-    fault in page by page. Torch weights may be offloaded one by one as usual; the engine is loaded
-    as a whole and freed as a whole. Clones share ``self.model``, so the engine hangs there.
+    fault in page by page. When memory is short, torch weights are offloaded one by one as usual,
+    and after them plans, which then take turns on the GPU. Clones share ``self.model``, so the
+    engine hangs there.
     """
 
     def engine_bytes(self) -> int:
-        """Bytes of weights inside the engine."""
-        return self.model.engine.weight_bytes
+        """Bytes of the engine's weights when ComfyUI gives all the memory that is wanted."""
+        return self.model.engine.bytes_within(self.model.engine_limit)
 
     def model_size(self) -> int:
         # ``size`` of the constructor would count the placeholders of the engine's weights.
         torch_bytes = sum(weight.nbytes for weight in self.model.parameters())
+        torch_bytes -= sum(
+            weight.nbytes for linear in self._tabled() for weight in linear.parameters()
+        )
         return torch_bytes + self.engine_bytes()
 
     def load(
@@ -43,16 +51,62 @@ class EnginePatcher(comfy.model_patcher.ModelPatcher):
         force_patch_weights: bool = False,
         full_load: bool = False,
     ) -> None:
+        model, engine = self.model, self.model.engine
         self._use_adapters()
-        self.model.engine.load(device_to or self.load_device)
+        if full_load:
+            lowvram_model_memory = EVERYTHING
+        wanted = EVERYTHING if model.engine_limit is None else model.engine_limit
+        share = min(wanted, max(0, lowvram_model_memory))
+        engine.limit(None if share == EVERYTHING else int(share))
+        engine.load(device_to or self.load_device)
+        # a full load of the base class moves every weight there is
+        full_load = full_load and not self._tabled()
         super().load(
             device_to,
-            lowvram_model_memory=max(0, lowvram_model_memory - self.engine_bytes()),
+            lowvram_model_memory=max(0, lowvram_model_memory - engine.resident_bytes),
             force_patch_weights=force_patch_weights,
             full_load=full_load,
         )
+        self._keep_tabled_weights_in_main_memory()
         if not full_load:  # a full load has already stored model_size()
-            self.model.model_loaded_weight_memory += self.engine_bytes()
+            model.model_loaded_weight_memory += engine.resident_bytes
+        if engine.resident_bytes < self.engine_bytes():
+            # else the base class thinks that there is nothing left to load
+            model.model_lowvram = True
+
+    def partially_unload(
+        self,
+        device_to: torch.device,
+        memory_to_free: float = 0,
+        force_patch_weights: bool = False,
+    ) -> float:
+        freed: float = super().partially_unload(device_to, memory_to_free, force_patch_weights)
+        if freed < memory_to_free:
+            engine = self.model.engine
+            before = engine.resident_bytes
+            engine.limit(max(0, int(before - (memory_to_free - freed))))
+            evicted = before - engine.resident_bytes
+            self.model.model_loaded_weight_memory -= evicted
+            freed += evicted
+        return freed
+
+    def unpatch_model(
+        self, device_to: torch.device | None = None, unpatch_weights: bool = True
+    ) -> None:
+        if unpatch_weights:
+            for linear in self._tabled():
+                comfy.model_patcher.wipe_lowvram_weight(linear)
+        super().unpatch_model(device_to, unpatch_weights)
+
+    def patch_hooks(self, hooks: Any) -> None:
+        super().patch_hooks(hooks)
+        if hooks is not None:
+            self._forget_modulation()
+
+    def unpatch_hooks(self, whitelist_keys_set: set[str] | None = None) -> None:
+        if self.hook_backup:
+            self._forget_modulation()
+        super().unpatch_hooks(whitelist_keys_set)
 
     def detach(self, unpatch_all: bool = True) -> Any:
         model = super().detach(unpatch_all)
@@ -96,6 +150,39 @@ class EnginePatcher(comfy.model_patcher.ModelPatcher):
             "cannot be saved as a checkpoint",
             "Its quantized checkpoint is already in the model folder 'flux_fp4'",
         )
+
+    def _load_list(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """Leave the table's Linears out of what the base class moves between devices."""
+        tabled = {id(linear) for linear in self._tabled()}
+        # entries end with module and parameters
+        return [e for e in super()._load_list(*args, **kwargs) if id(e[-2]) not in tabled]
+
+    def _tabled(self) -> Sequence[Any]:
+        table = self.model.modulation
+        return () if table is None else table.linears
+
+    def _keep_tabled_weights_in_main_memory(self) -> None:
+        """Do what the base class does for offloaded Linears (ComfyUI 0.30, ``load``)."""
+        names = {id(module): name for name, module in self.model.named_modules()}
+        for linear in self._tabled():
+            comfy.model_patcher.wipe_lowvram_weight(linear)
+            for parameter, _ in linear.named_parameters(recurse=False):
+                key = f"{names[id(linear)]}.{parameter}"
+                functions = getattr(linear, f"{parameter}_function")
+                if key in self.patches:
+                    _, set_func, convert = comfy.model_patcher.get_key_weight(self.model, key)
+                    functions.append(LowVramPatch(key, self.patches, convert, set_func))
+                functions.extend(self.weight_wrapper_patches.get(key, ()))
+                self.pin_weight_to_device(key)
+            linear.prev_comfy_cast_weights = linear.comfy_cast_weights
+            linear.comfy_cast_weights = True
+        if getattr(self.model, "tabled_uuid", None) != self.patches_uuid:
+            self._forget_modulation()
+            self.model.tabled_uuid = self.patches_uuid
+
+    def _forget_modulation(self) -> None:
+        if self.model.modulation is not None:
+            self.model.modulation.forget()
 
     def _unpatched(self, key: str, weight: torch.Tensor) -> torch.Tensor:
         if key in self.hook_backup:

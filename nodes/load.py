@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io, ui
 
 from . import paths
 from .fingerprint import file_state
 from .schema import CATEGORY, description
+
+if TYPE_CHECKING:
+    from .engine_model import Placement
 
 BACKENDS = ("auto", "tensorrt_rtx", "tensorrt", "reference")
 LORA_MODES = ("runtime", "baked")
@@ -28,6 +31,30 @@ LORA = io.Combo.Input(
     tooltip="How LoRAs behind this node work. runtime: another LoRA or strength acts at once, at "
     "some cost per step. baked: no cost per step, but blocks that a LoRA touches are quantized "
     "again from the original checkpoint and rebuilt when LoRA or strength changes; kept for later.",
+)
+MAIN_MEMORY = "main memory"
+MODULATION = io.Combo.Input(
+    "modulation_memory",
+    display_name="modulation weights",
+    options=[MAIN_MEMORY, "GPU"],
+    default=MAIN_MEMORY,
+    tooltip="Where FLUX.1's modulation weights stay, 6.5 GB in bf16. main memory: they visit the "
+    "GPU once per prompt and compute the vectors of all steps; the pictures are the same. GPU: "
+    "they stay there like other weights, as far as there is room.",
+    optional=True,
+    advanced=True,
+)
+ENGINE_MEMORY = io.Float.Input(
+    "engine_memory",
+    display_name="engine memory limit",
+    default=0.0,
+    min=0.0,
+    max=96.0,
+    step=0.1,
+    tooltip="GB on the GPU for the engine's weights; 0 is no limit. Plans beyond it are loaded "
+    "again in every step, which is slow. ComfyUI does the same by itself when memory is short.",
+    optional=True,
+    advanced=True,
 )
 MODEL_OUTPUT = "MODEL for any sampler. Works with ControlNet, references and block patches."
 
@@ -54,6 +81,8 @@ class LoadEngine(io.ComfyNode):
                 ),
                 BACKEND,
                 LORA,
+                MODULATION,
+                ENGINE_MEMORY,
             ],
             outputs=[io.Model.Output(display_name="model", tooltip=MODEL_OUTPUT)],
         )
@@ -67,11 +96,27 @@ class LoadEngine(io.ComfyNode):
         return [file_state(file) for file in files]
 
     @classmethod
-    def execute(cls, engine: str, backend: str, lora: str = "runtime") -> io.NodeOutput:
+    def execute(
+        cls,
+        engine: str,
+        backend: str,
+        lora: str = "runtime",
+        modulation_memory: str = MAIN_MEMORY,
+        engine_memory: float = 0.0,
+    ) -> io.NodeOutput:
         from . import reports, stages
         from .progress import NodeProgress
 
-        model = stages.load(paths.engine_folder(engine), backend, lora == "baked")
+        where = placement(modulation_memory, engine_memory)
+        model = stages.load(paths.engine_folder(engine), backend, where, lora == "baked")
         text = reports.model_summary(engine, model)
         NodeProgress(cls.hidden.unique_id).show(text)
         return io.NodeOutput(model, ui=ui.PreviewText(text))
+
+
+def placement(modulation_memory: str, engine_memory: float) -> Placement:
+    """Return what the two widgets say."""
+    from .engine_model import Placement
+
+    limit = round(engine_memory * 10**9) if engine_memory else None
+    return Placement(modulation_memory == MAIN_MEMORY, limit)

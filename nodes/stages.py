@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..quant.sources.source import FluxSource
     from ..trt_runtime.manifest import EngineManifest
     from ..trt_runtime.spec import BuildSpec
+    from .engine_model import Placement
     from .engine_patcher import EnginePatcher
     from .progress import NodeProgress
 
@@ -87,31 +88,40 @@ def build(
     return checkpoint.parent / spec.folder_name, manifest
 
 
-def load(engine: Path, backend: str, bakes_lora: bool = False) -> EnginePatcher:
+def load(
+    engine: Path, backend: str, placement: Placement, bakes_lora: bool = False
+) -> EnginePatcher:
     """Open an engine as MODEL.
 
     Args:
         engine: Folder with the manifest.
         backend: ``auto`` or the name of a backend.
+        placement: Where weights may be.
         bakes_lora: Whether LoRAs are merged into blocks, instead of running beside them.
 
     Raises:
         EngineOutdatedError: The checkpoint beside it was quantized again after the build.
     """
-    patcher = load_engine_model(str(engine), backend, bakes_lora)
+    arguments = (str(engine), backend, placement, bakes_lora)
+    patcher = load_engine_model(*arguments)
     # ComfyUI's multi-GPU nodes load the model a second time through this.
-    patcher.cached_patcher_init = (load_engine_model, (str(engine), backend, bakes_lora))
+    patcher.cached_patcher_init = (load_engine_model, arguments)
     return patcher
 
 
 def load_engine_model(
-    engine_folder: str, backend: str, bakes_lora: bool = False, disable_dynamic: bool = False
+    engine_folder: str,
+    backend: str,
+    placement: Placement,
+    bakes_lora: bool = False,
+    disable_dynamic: bool = False,
 ) -> EnginePatcher:
     """Return a fresh patcher over an engine folder.
 
     Args:
         engine_folder: Folder with the manifest.
         backend: ``auto`` or the name of a backend.
+        placement: Where weights may be.
         bakes_lora: Whether LoRAs are merged into blocks, instead of running beside them.
         disable_dynamic: Part of ComfyUI's factory signature; an engine is never dynamic.
     """
@@ -137,6 +147,7 @@ def load_engine_model(
         checkpoint,
         engine.manifest.profile.max_txt_tokens,
         load_device,
+        placement,
     )
     model.bakes_lora = bakes_lora
     return EnginePatcher(model.to(offload_device), load_device, offload_device)

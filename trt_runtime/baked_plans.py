@@ -55,7 +55,7 @@ def baked_plans(
     """Return the plans of changed blocks that can be used with an engine, by block.
 
     Left out is what is older than its ONNX file, whose plan is gone, or what belongs to another
-    engine. The digest is not looked at: `read_plan` does before anything is deserialized.
+    engine. The digest is not looked at: `check_plan` does before anything is deserialized.
     """
     plan_dir = baked.plan_dir(engine_dir)
     found = variants_manifest(plan_dir / BAKED, engine)

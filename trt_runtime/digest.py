@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from blake3 import blake3
 READ_BYTES = 8 << 20
 
 
-def digest_of_bytes(data: bytes | memoryview) -> str:
+def digest_of_bytes(data: bytes | memoryview | mmap.mmap) -> str:
     """Return the digest of bytes in memory."""
     return blake3(data, max_threads=blake3.AUTO).hexdigest()
 

@@ -40,6 +40,12 @@ class Executor(Protocol):
     def machine(self) -> Machine | None:
         """What loaded blocks run on; None for the reference, which needs no test."""
 
+    def bytes_within(self, limit: int | None) -> int:
+        """Return the memory that weights and factors take under a limit."""
+
+    def limit(self, weight_bytes: int | None) -> None:
+        """Set how much GPU memory weights and factors may take, loaded or not."""
+
     def missing_lora_plans(self, blocks: Sequence[str]) -> list[str]:
         """Return the blocks that cannot take adapters before something is built."""
 
@@ -82,6 +88,7 @@ class Engine:
         self._self_test = self_test
         self._adapters: Adapters = {}
         self._baked: BakedBlocks | None = None
+        self._limit: int | None = None
         self._entries = {entry.block: entry for entry in manifest.blocks}
         self._calls: dict[str, AcceptedCall] = {}
 
@@ -125,6 +132,24 @@ class Engine:
     def weight_bytes(self) -> int:
         """Bytes that the blocks' weights take once loaded."""
         return self._executor.weight_bytes
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes that are taken now."""
+        return self.bytes_within(self._limit) if self.loaded else 0
+
+    def bytes_within(self, limit: int | None) -> int:
+        """Return the bytes that weights take under a limit; None is no limit."""
+        return self._executor.bytes_within(limit)
+
+    def limit(self, weight_bytes: int | None) -> None:
+        """Keep weights on the GPU within a limit; plans beyond it are loaded when they run.
+
+        One place is always reserved for the largest plan. The reference backend has its weights in
+        main memory and knows no limit.
+        """
+        self._executor.limit(weight_bytes)
+        self._limit = weight_bytes
 
     def activation_bytes(self, batch: int, img_tokens: int, txt_tokens: int) -> int:
         """Estimate the scratch memory of a run; only one block runs at a time.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from .errors import (
     PlanValidityError,
 )
 from .lora_plans import lora_plans
-from .manifest import EngineManifest, PlanEntry, read_plan
-from .plan_context import TORCH_DTYPES, PlanContext, ScratchMemory
+from .manifest import EngineManifest, PlanEntry, check_plan
+from .plan_context import TORCH_DTYPES, PlanContext, ScratchMemory, Shapes
+from .plan_pool import PlanPool, bytes_within
 from .runtime_cache import RuntimeCache, cache_name
 from .self_test import Machine
 
@@ -50,7 +52,10 @@ class TensorRTExecutor:
         self._cuda = cuda or CudaAccess()
         self._log: RuntimeLog = runtime_log(backend)
         self._runtime: Any = None
-        self._blocks: dict[str, PlanContext] = {}
+        self._pool = PlanPool(self._opened, self._cuda.synchronize)
+        self._limit: int | None = None
+        self._checked: dict[str, mmap.mmap] = {}
+        self._seen: dict[str, set[Shapes]] = {}
         self._variants: dict[str, PlanEntry] = {}
         self._variants_dir = engine_dir
         self._factors = FactorStore()
@@ -62,12 +67,17 @@ class TensorRTExecutor:
     @property
     def loaded(self) -> bool:
         """Whether run() can be called."""
-        return bool(self._blocks)
+        return self._runtime is not None
 
     @property
     def weight_bytes(self) -> int:
         """GPU memory of weights and factors: a plan is its weights and a few hundred kilobytes."""
         return sum(entry.bytes for _, entry in self._plans()) + self._factors.bytes
+
+    def bytes_within(self, limit: int | None) -> int:
+        """Return the GPU memory that weights and factors take under a limit."""
+        sizes = {block: entry.bytes for block, entry in self._plans()}
+        return bytes_within(sizes, self._for_plans(limit)) + self._factors.bytes
 
     @property
     def activation_bytes(self) -> int:
@@ -86,7 +96,7 @@ class TensorRTExecutor:
             EngineError: another GPU generation, a changed plan, or a plan that TensorRT refuses;
                 nothing stays loaded then.
         """
-        if self._blocks:
+        if self.loaded:
             return
         self._cuda.prepare(device, self._backend.name, self._manifest.targets)
         self._device = device
@@ -94,15 +104,28 @@ class TensorRTExecutor:
         try:
             with self._cuda.activated(device):
                 self._start()
-                self._load_plans()
+                self._settle()
             complete = True
         finally:
             if not complete:
                 self._release()
 
+    def limit(self, weight_bytes: int | None) -> None:
+        """Keep weights and factors within this many bytes, or all of them; loaded or not.
+
+        What does not fit is loaded when its turn comes, and waits for the GPU each time. The
+        largest plan is always kept room for.
+
+        Raises:
+            EngineError: A plan could not be loaded; nothing stays loaded then.
+        """
+        if weight_bytes != self._limit:
+            self._limit = weight_bytes
+            self._settle_if_loaded()
+
     def unload(self) -> None:
         """Wait for the GPU, keep compiled kernels, and free plans, contexts and scratch memory."""
-        if not self._blocks:
+        if not self.loaded:
             return
         self._cuda.finish()
         if self._has_new_kernels:
@@ -112,7 +135,7 @@ class TensorRTExecutor:
     @property
     def machine(self) -> Machine | None:
         """What loaded plans run on."""
-        return self._machine() if self._blocks else None
+        return self._machine() if self.loaded else None
 
     def missing_lora_plans(self, blocks: Sequence[str]) -> list[str]:
         """Return the blocks whose variant must be built before they can take adapters."""
@@ -165,18 +188,7 @@ class TensorRTExecutor:
     def _run_instead(self, variants: dict[str, PlanEntry], folder: Path) -> None:
         """Run the plans in `folder` for these blocks, and the engine's own for all others."""
         self._variants, self._variants_dir = variants, folder
-        if not self._blocks:
-            return
-        complete = False
-        try:
-            with self._cuda.activated(self._device):
-                # plans and factors that go may still be in use
-                self._cuda.synchronize()
-                self._load_plans()
-            complete = True
-        finally:
-            if not complete:
-                self._release()
+        self._settle_if_loaded()
 
     def run(self, block: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Enqueue one block; the results are valid on torch's current stream.
@@ -185,7 +197,7 @@ class TensorRTExecutor:
             EngineNotLoadedError: load() was not called.
             ExecutionError: TensorRT refused shapes or launch.
         """
-        loaded = self._blocks.get(block)
+        loaded = self._context_of(block)
         if loaded is None or self._scratch is None:
             raise EngineNotLoadedError(block)
         # alive until the end of this call, by when the current stream waits for the engine's
@@ -214,39 +226,72 @@ class TensorRTExecutor:
             self._cache = RuntimeCache(self._engine_dir / cache_name(owner), owner)
         self._scratch = ScratchMemory(self._device)
 
-    def _load_plans(self) -> None:
-        """Load what shall run and is not loaded; one plan at a time goes for another."""
-        loaded = 0
-        for block, entry in self._plans():
-            present = self._blocks.get(block)
-            if present is None or present.entry.key != entry.key:
-                if present is not None:
-                    self._blocks.pop(block).release()
-                self._blocks[block] = self._loaded(entry)
-                loaded += 1
+    def _settle_if_loaded(self) -> None:
+        if not self.loaded:
+            return
+        complete = False
+        try:
+            with self._cuda.activated(self._device):
+                # plans and factors that go may still be in use
+                self._cuda.synchronize()
+                self._settle()
+            complete = True
+        finally:
+            if not complete:
+                self._release()
+
+    def _settle(self) -> None:
+        """Have on the GPU what shall be there, and nothing else."""
+        self._pool.set_plans(self._plans(), self._for_plans(self._limit))
+        loaded = self._pool.settle()
+        # an open file cannot be replaced on Windows; plans that take turns are mapped again
+        self._checked.clear()
         self._factors.place(self._device)
-        for block in self._factors.blocks:
-            self._blocks[block].set_factors(self._factors.inputs_of(block))
+        for block, context in self._pool.contexts():
+            context.set_factors(self._factors.inputs_of(block))
         if loaded:
             self._save_kernels()
 
-    def _loaded(self, entry: PlanEntry) -> PlanContext:
-        is_variant = entry in self._variants.values()
-        plan = read_plan(self._variants_dir if is_variant else self._engine_dir, entry)
+    def _for_plans(self, limit: int | None) -> int | None:
+        return None if limit is None else limit - self._factors.bytes
+
+    def _context_of(self, block: str) -> PlanContext | None:
+        if not self.loaded:
+            return None
+        with self._cuda.activated(self._device):
+            found = self._pool.get(block)
+        if found is None:
+            return None
+        context, is_new = found
+        if is_new:
+            context.set_factors(self._factors.inputs_of(block))
+        return context
+
+    def _opened(self, entry: PlanEntry) -> PlanContext:
+        plan = self._plan(entry)
         self._check_validity(entry, plan)
         engine = self._runtime.deserialize_cuda_engine(plan)
         self._require(engine is not None, entry.block, "deserialize_cuda_engine")
         self._check_signature(entry, engine)
         context = self._context(engine)
         self._require(context is not None, entry.block, "create_execution_context")
-        return PlanContext(entry, engine, context, self._device, self._require)
+        seen = self._seen.setdefault(entry.key, set())
+        return PlanContext(entry, engine, context, self._device, self._require, seen)
+
+    def _plan(self, entry: PlanEntry) -> mmap.mmap:
+        """Map a plan; its digest is computed the first time only, a step must not wait for it."""
+        if entry.key not in self._checked:
+            is_variant = entry in self._variants.values()
+            folder = self._variants_dir if is_variant else self._engine_dir
+            self._checked[entry.key] = check_plan(folder, entry)
+        return self._checked[entry.key]
 
     def _machine(self) -> Machine:
         is_cuda = self._device.type == "cuda"
         gpu = torch.cuda.get_device_name(self._device) if is_cuda else str(self._device)
         return Machine(gpu, driver_version(), self._backend.label)
 
-    def _check_validity(self, entry: PlanEntry, plan: bytes) -> None:
+    def _check_validity(self, entry: PlanEntry, plan: mmap.mmap) -> None:
         """Ask TensorRT whether the plan can run here; it says more than a failed load does."""
         trt = self._backend.module
         if not hasattr(trt, "EngineInvalidityDiagnostics"):
@@ -296,9 +341,8 @@ class TensorRTExecutor:
 
     def _release(self) -> None:
         # contexts before engines before the runtime
-        for loaded in self._blocks.values():
-            loaded.release()
-        self._blocks = {}
+        self._pool.release()
+        self._checked, self._seen = {}, {}
         self._factors.release()
         if self._cache is not None:
             self._cache.close()

@@ -35,7 +35,7 @@ def lora_plans(engine_dir: Path, engine: EngineManifest) -> dict[str, PlanEntry]
     """Return the variants that can be used with an engine, by the name of the plain block.
 
     Left out is what is older than its ONNX file or whose plan is gone. The digest is not looked
-    at: `read_plan` does before anything is deserialized.
+    at: `check_plan` does before anything is deserialized.
     """
     variants = variants_manifest(engine_dir / LORA, engine)
     found = {entry.block: entry for entry in variants.blocks} if variants else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import mmap
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -241,10 +242,14 @@ def check_plan_size(engine_dir: Path, entry: PlanEntry) -> None:
         raise PlanTruncatedError(entry.file, f"has {size} bytes, its manifest says {entry.bytes}")
 
 
-def read_plan(engine_dir: Path, entry: PlanEntry) -> bytes:
-    """Return a plan's bytes, checked after reading: what is deserialized is what was checked."""
+def check_plan(engine_dir: Path, entry: PlanEntry) -> mmap.mmap:
+    """Return a plan, mapped and checked.
+
+    Plans are replaced, never written to, so a mapping keeps what was checked.
+    """
     check_plan_size(engine_dir, entry)
-    plan = (engine_dir / entry.file).read_bytes()
+    with (engine_dir / entry.file).open("rb") as file:
+        plan = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     if digest_of_bytes(plan) != entry.digest:
         raise _wrong_digest(entry)
     return plan

@@ -11,6 +11,7 @@ from .contract import TensorSpec, is_factor
 from .manifest import PlanEntry
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+Shapes = tuple[torch.Size, ...]
 Require = Callable[[bool, str, str], None]
 """Raises unless a call succeeded; takes the result, the block and the call's name."""
 
@@ -51,7 +52,13 @@ class PlanContext:
     """
 
     def __init__(
-        self, entry: PlanEntry, engine: Any, context: Any, device: torch.device, require: Require
+        self,
+        entry: PlanEntry,
+        engine: Any,
+        context: Any,
+        device: torch.device,
+        require: Require,
+        seen: set[Shapes],
     ) -> None:
         """Take over a context that nothing was set on.
 
@@ -61,6 +68,7 @@ class PlanContext:
             context: Its execution context, without memory of its own.
             device: Where all tensors go.
             require: Raises for a call that failed.
+            seen: Shapes that kernels of this plan were compiled for; outlives the context.
         """
         self.entry = entry
         self._engine, self._context, self._device, self._require = engine, context, device, require
@@ -70,7 +78,7 @@ class PlanContext:
         self._factors: dict[str, torch.Tensor] = {}
         self._shapes: list[torch.Size] = []
         self._output_shapes: list[tuple[int, ...]] = []
-        self._seen: set[tuple[torch.Size, ...]] = set()
+        self._seen = seen
         self._addresses: dict[str, int] = {}
         self._scratch_bytes = 0
         self._scratch: tuple[int, int] = (0, 0)

@@ -56,6 +56,15 @@ class ReferenceExecutor:
         packed = sum(entry.length for used in self._used() for entry in used.ranges)
         return BYTES_PER_PACKED_BYTE * packed + self._factors.bytes
 
+    def bytes_within(self, limit: int | None) -> int:
+        """Return the same for every limit."""
+        del limit
+        return self.weight_bytes
+
+    def limit(self, weight_bytes: int | None) -> None:
+        """Do nothing: limits are for GPUs, and weights are in main memory here."""
+        del weight_bytes
+
     @property
     def activation_bytes(self) -> int:
         """Unknown: ONNX Runtime allocates and frees as it goes."""

@@ -16,7 +16,7 @@ from flux_fp4.trt_runtime import errors
 from flux_fp4.trt_runtime.backend import Backend, Gpu, choose_backend, load_backend
 from flux_fp4.trt_runtime.engine import Engine
 from flux_fp4.trt_runtime.errors import EngineError
-from flux_fp4.trt_runtime.manifest import load_manifest, read_plan, verify_engine
+from flux_fp4.trt_runtime.manifest import check_plan, load_manifest, verify_engine
 
 Edit = Callable[[dict[str, Any]], None]
 
@@ -77,7 +77,7 @@ def test_plan_changed_between_check_and_use(engine_copy: Path) -> None:
     plan = engine_copy / entry.file
     plan.write_bytes(bytes(entry.bytes))
     with pytest.raises(errors.PlanDigestError):
-        read_plan(engine_copy, entry)
+        check_plan(engine_copy, entry)
 
 
 def test_truncated_plan(engine_copy: Path) -> None:

@@ -21,7 +21,7 @@ import comfy.model_management as mm  # noqa: E402
 import comfy.sd  # noqa: E402
 from comfy.patcher_extension import WrappersMP  # noqa: E402
 from engine_sampling import condition, lora_of, sample, stock_flux  # noqa: E402
-from flux_fp4.nodes.engine_model import build_engine_model  # noqa: E402
+from flux_fp4.nodes.engine_model import Placement, build_engine_model  # noqa: E402
 from flux_fp4.nodes.engine_patcher import EnginePatcher  # noqa: E402
 from flux_fp4.nodes.errors import (  # noqa: E402
     CheckpointWeightsError,
@@ -29,7 +29,7 @@ from flux_fp4.nodes.errors import (  # noqa: E402
     EngineWeightError,
     UnsupportedByEngineError,
 )
-from torch_engine import TorchEngine, engine_over  # noqa: E402
+from torch_engine import engine_over  # noqa: E402
 
 # The same operations in the same order, but modulation chunks reach the block as copies.
 TOLERANCE = 1e-5
@@ -286,114 +286,12 @@ def test_wrong_weights_are_refused_by_name(engine: EnginePatcher) -> None:
     model = engine.model
     config, checkpoint = model.model_config.unet_config, model.checkpoint
     with pytest.raises(CheckpointWeightsError, match=r"img_in\.bias") as error:
-        build_engine_model(config, weights, model.engine, {}, checkpoint, 77, CPU)
+        build_engine_model(config, weights, model.engine, {}, checkpoint, 77, CPU, Placement())
     assert error.value.missing == ["img_in.bias"]
     weights["img_in.bias"] = torch.zeros(128)
     weights["img_in.lora"] = torch.zeros(1)
     with pytest.raises(CheckpointWeightsError, match=r"img_in\.lora"):
-        build_engine_model(config, weights, model.engine, {}, checkpoint, 77, CPU)
-
-
-# Memory management sees the truth, and frees it.
-
-
-def torch_bytes(patcher: EnginePatcher) -> int:
-    return sum(weight.nbytes for weight in patcher.model.parameters())
-
-
-def test_size_counts_engine_and_torch_weights(stock: Any, engine: EnginePatcher) -> None:
-    assert engine.model_size() == torch_bytes(engine) + TorchEngine.weight_bytes
-    # stock's own blocks are in the engine: what torch holds has to be less
-    assert torch_bytes(engine) < stock.model_size()
-    assert engine.loaded_size() == 0
-    sample(engine)
-    assert engine.loaded_size() == engine.model_size()
-    assert engine.clone().model_size() == engine.model_size()
-
-
-def test_unload_frees_the_engine_and_the_next_run_loads_it(engine: EnginePatcher) -> None:
-    plans = engine.model.engine
-    first = sample(engine)
-    assert (plans.loads, plans.unloads) == (1, 0)
-    mm.unload_all_models()
-    assert (plans.loads, plans.unloads) == (1, 1)
-    assert engine.loaded_size() == 0
-    assert torch.equal(sample(engine), first)
-    assert (plans.loads, plans.unloads) == (2, 1)
-
-
-def test_clones_share_the_loaded_engine(engine: EnginePatcher) -> None:
-    sample(engine)
-    clone = engine.clone()
-    sample(clone)
-    del clone
-    gc.collect()
-    sample(engine)
-    assert (engine.model.engine.loads, engine.model.engine.unloads) == (1, 0)
-
-
-def test_partial_load_offloads_torch_weights_only(stock: Any, engine: EnginePatcher) -> None:
-    budget = TorchEngine.weight_bytes + torch_bytes(engine) // 2
-    mm.load_models_gpu([engine])
-    engine.detach()
-    engine.partially_load(CPU, extra_memory=budget)
-    assert engine.model.engine.loaded
-    assert engine.model.model_lowvram
-    assert TorchEngine.weight_bytes < engine.loaded_size() < engine.model_size()
-    more = engine.partially_load(CPU, extra_memory=engine.model_size())
-    assert more > 0
-    assert engine.loaded_size() == engine.model_size()
-    assert (sample(engine) - sample(stock)).abs().max() <= TOLERANCE
-
-
-def test_partial_unload_frees_torch_weights_first(engine: EnginePatcher) -> None:
-    sample(engine)
-    loaded = next(m for m in mm.current_loaded_models if m.model is engine)
-    few = torch_bytes(engine) // 4
-    assert loaded.model_unload(few) is False  # still loaded, with less in torch
-    assert engine.model.engine.loaded
-    assert TorchEngine.weight_bytes < engine.loaded_size() <= engine.model_size() - few
-    many = torch_bytes(engine) + 1
-    assert loaded.model_unload(many) is True  # torch alone cannot free that much
-    assert not engine.model.engine.loaded
-    assert engine.loaded_size() == 0
-    mm.current_loaded_models.remove(loaded)
-
-
-def test_failed_load_leaves_nothing_loaded(
-    engine: EnginePatcher, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def out_of_memory(_device: torch.device) -> None:
-        raise torch.OutOfMemoryError
-
-    monkeypatch.setattr(engine.model.engine, "load", out_of_memory)
-    with pytest.raises(torch.OutOfMemoryError):
-        sample(engine)
-    assert engine.loaded_size() == 0
-    assert not engine.model.engine.loaded
-    monkeypatch.undo()
-    sample(engine)
-
-
-def test_memory_required_counts_every_token(engine: EnginePatcher) -> None:
-    required = engine.model.memory_required
-    base = required([1, 16, 8, 8])
-    assert base > engine.model.engine.activation_bytes(1, 16, 77)
-    assert required([2, 16, 8, 8]) == 2 * base
-    assert required([1, 16, 7, 7]) == base  # odd sides are padded to whole patches
-    text = required([1, 16, 8, 8], cond_shapes={"c_crossattn": [torch.Size([1, 300, 768])]})
-    reference = required([1, 16, 8, 8], cond_shapes={"ref_latents": [[1, 16, 64]]})
-    assert text > base
-    assert reference == required([1, 16, 8, 16])
-
-
-def test_dropped_model_leaves_no_engine_behind() -> None:
-    patcher = engine_flux()
-    sample(patcher)
-    plans = weakref.ref(patcher.model.engine)
-    del patcher
-    mm.cleanup_models()
-    assert plans() is None  # by reference counting alone: no cycles, no delay
+        build_engine_model(config, weights, model.engine, {}, checkpoint, 77, CPU, Placement())
 
 
 def test_config_looks_like_stock(stock: Any, engine: EnginePatcher) -> None:

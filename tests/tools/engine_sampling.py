@@ -35,22 +35,25 @@ def sample(
     cfg: float = 1.0,
     denoise: float = 1.0,
     latent: Tensor | None = None,
+    sampler: str = "euler",
+    seed: int = 5,
 ) -> Tensor:
     if latent is None:
         latent = torch.zeros(batch, 16, *size)
-    noise = comfy.sample.prepare_noise(latent, seed=5)
+    noise = comfy.sample.prepare_noise(latent, seed=seed)
     return comfy.sample.sample(
         model,
         noise,
         steps=3,
         cfg=cfg,
-        sampler_name="euler",
+        sampler_name=sampler,
         scheduler="simple",
         positive=positive or condition(),
         negative=condition(seed=1),
         latent_image=latent,
         denoise=denoise,
         disable_pbar=True,
+        seed=seed,
     )
 
 

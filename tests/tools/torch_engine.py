@@ -10,7 +10,7 @@ import comfy.memory_management
 import pytest
 import torch
 from comfy.ldm.flux.layers import DoubleStreamBlock, ModulationOut, SingleStreamBlock
-from flux_fp4.nodes.engine_model import build_engine_model
+from flux_fp4.nodes.engine_model import Placement, build_engine_model
 from flux_fp4.nodes.engine_patcher import EnginePatcher
 from flux_fp4.quant.flux.config import block_linears
 from flux_fp4.quant.modulation import is_modulation_weight, stored_modulation
@@ -18,6 +18,8 @@ from flux_fp4.quant.quantized_checkpoint import is_in_plan
 from flux_fp4.quant.recipe import Format
 from flux_fp4.trt_runtime.adapters import LowRank
 from torch import Tensor
+
+DEFAULT = Placement()
 
 
 class TorchEngine:
@@ -31,11 +33,24 @@ class TorchEngine:
         self.blocks = blocks
         self.device: torch.device | None = None
         self.loads = self.unloads = self.runs = 0
+        self.limit_bytes: int | None = None
         self.adapters: Mapping[str, Mapping[str, LowRank]] = {}
         self.originals: dict[tuple[str, str], Tensor] = {}
         for block in blocks.values():
             # ComfyUI's own switch for models whose modulation is computed elsewhere (FLUX.2)
             block.modulation = False if isinstance(block, DoubleStreamBlock) else None
+
+    @property
+    def resident_bytes(self) -> int:
+        return self.bytes_within(self.limit_bytes) if self.loaded else 0
+
+    def bytes_within(self, limit: int | None) -> int:
+        """Plans of a tenth each, of which the last place is for all that do not fit."""
+        plan = self.weight_bytes // 10
+        return self.weight_bytes if limit is None else min(10, max(1, limit // plan)) * plan
+
+    def limit(self, weight_bytes: int | None) -> None:
+        self.limit_bytes = weight_bytes
 
     @property
     def loaded(self) -> bool:
@@ -113,7 +128,10 @@ def weights_outside_of_plans(flux: torch.nn.Module, modulation: Format) -> dict[
 
 
 def engine_over(
-    stock: Any, dynamic_vram: bool = False, modulation: Format = "bf16"
+    stock: Any,
+    dynamic_vram: bool = False,
+    modulation: Format = "bf16",
+    placement: Placement = DEFAULT,
 ) -> EnginePatcher:
     """Make an engine-backed MODEL that computes with the blocks of a stock model, using it up."""
     flux, config = stock.model.diffusion_model, stock.model.model_config
@@ -133,6 +151,7 @@ def engine_over(
             checkpoint,
             77,
             cpu,
+            placement,
         )
     return EnginePatcher(model, cpu, cpu)
 

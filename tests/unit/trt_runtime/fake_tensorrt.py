@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,8 +91,8 @@ class FakeLibrary:
         self.logger = logger
         return FakeRuntime(self)
 
-    def entry_of(self, plan: bytes) -> PlanEntry:
-        block = plan.split()[0].decode()
+    def entry_of(self, plan: bytes | mmap.mmap) -> PlanEntry:
+        block = bytes(plan).split()[0].decode()
         return next(e for e in (*self.manifest.blocks, *self.variants) if e.block == block)
 
     def fails(self, call: str) -> bool:
@@ -119,15 +120,15 @@ class Handle:
 class FakeRuntime:
     library: FakeLibrary
 
-    def get_engine_validity(self, buffer: bytes) -> tuple[EngineValidity, int]:
+    def get_engine_validity(self, buffer: bytes | mmap.mmap) -> tuple[EngineValidity, int]:
         invalid = self.library.invalid
         return (EngineValidity.VALID, 0) if invalid is None else (EngineValidity.INVALID, invalid)
 
-    def deserialize_cuda_engine(self, serialized_engine: bytes) -> FakeEngine | None:
+    def deserialize_cuda_engine(self, serialized_engine: bytes | mmap.mmap) -> FakeEngine | None:
         if self.library.fails("deserialize_cuda_engine"):
             return None
         entry = self.library.entry_of(serialized_engine)
-        self.library.calls.append(("deserialize", serialized_engine.decode()))
+        self.library.calls.append(("deserialize", bytes(serialized_engine).decode()))
         return FakeEngine(self.library, entry)
 
 

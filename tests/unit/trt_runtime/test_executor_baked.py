@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from flux_fp4.tests.unit.trt_runtime.block_inputs import block_inputs
 from flux_fp4.tests.unit.trt_runtime.fake_tensorrt import FakeLibrary, with_fake_plan
 from flux_fp4.trt_runtime.baked_plans import BakedBlocks
+from flux_fp4.trt_runtime.digest import digest_of_bytes
 from flux_fp4.trt_runtime.engine import Engine
 from flux_fp4.trt_runtime.errors import BakedPlanMissingError, PlanDigestError
 from flux_fp4.trt_runtime.executor import TensorRTExecutor
@@ -36,7 +38,7 @@ def plans_of(
     for entry in manifest.blocks:
         if entry.block in blocks:
             shutil.copy(engine_dir.parent / f"{entry.block}.onnx", baked.folder)
-            key = name.encode().hex().ljust(64, "0")
+            key = digest_of_bytes(f"{name} {entry.block}".encode())
             file = plan_file_name(entry.block, key)
             changed = entry.model_copy(update={"key": key, "file": file})
             entries.append(with_fake_plan(plan_dir, changed, name))
@@ -80,6 +82,24 @@ def test_baked_blocks_survive_unloading(
         gc.collect()
         assert library.alive == set()
         library.calls.clear()
+
+
+def test_baked_blocks_take_turns_within_a_limit(
+    executor: TensorRTExecutor, library: FakeLibrary, manifest: EngineManifest, engine_copy: Path
+) -> None:
+    baked, entries = plans_of(engine_copy, manifest, "lora", DOUBLE, SINGLE)
+    executor.limit(0)
+    executor.use_baked(baked)
+    executor.load(CPU)
+    assert executor.bytes_within(0) == max(entry.bytes for entry in entries)
+    for _ in range(2):
+        library.calls.clear()
+        for entry in manifest.blocks:
+            executor.run(entry.block, block_inputs(entry, 40, 8))
+        assert deserialized(library) == [f"{DOUBLE} lora", f"{SINGLE} lora"]
+    executor.use({})
+    executor.run(SINGLE, block_inputs(manifest.blocks[1], 40, 8))
+    assert deserialized(library)[-1] == SINGLE
 
 
 def test_missing_plan_changes_nothing(
