@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from comfy.model_base import BaseModel
 
     from ..trt_runtime.adapters import LowRank
+    from ..trt_runtime.baked_plans import BakedBlocks
 
 STREAM_COPIES = 6
 """Token tensors of hidden size alive at once outside of the engine: inputs and outputs of a block,
@@ -52,6 +53,8 @@ class ModelEngine(BlockEngine, Protocol):
     def folder(self) -> Path: ...
     def missing_lora_plans(self, blocks: Sequence[str]) -> list[str]: ...
     def use_adapters(self, adapters: Mapping[str, Mapping[str, LowRank]]) -> None: ...
+    def missing_baked_plans(self, baked: BakedBlocks) -> list[str]: ...
+    def use_baked(self, baked: BakedBlocks) -> None: ...
     def load(self, device: torch.device) -> None: ...
     def unload(self) -> None: ...
 
@@ -174,6 +177,7 @@ def build_engine_model(
     flux.requires_grad_(False).eval()
     comfy.model_management.archive_model_dtypes(flux)
     model.engine, model.checkpoint, model.plan_linears = engine, checkpoint, plan_linears
+    model.bakes_lora = False
     model.engine_limit = placement.engine_limit
     model.modulation = install_table(model) if placement.precompute_modulation else None
     working_bytes = 0 if model.modulation is None else model.modulation.working_bytes

@@ -11,6 +11,7 @@ from comfy.model_patcher import LowVramPatch
 
 from ..trt_runtime.lora_plans import build_lora_plans
 from ..trt_runtime.spec import MAX_LORA_RANK
+from .baking import use_baked
 from .engine_blocks import EngineWeight
 from .errors import EngineModelError, EngineWeightError
 from .progress import progress_of_running_node
@@ -189,9 +190,20 @@ class EnginePatcher(comfy.model_patcher.ModelPatcher):
         return self.backup[key].weight if key in self.backup else weight
 
     def _use_adapters(self) -> None:
-        """Bring the engine's adapters to what the patches say; builds plans that are missing."""
-        if getattr(self.model, "adapters_uuid", None) == self.patches_uuid:
+        """Bring the engine to what the patches say; makes what is missing for that."""
+        model = self.model
+        # what was baked may be gone from disk by the time it is loaded again
+        in_place = model.engine.loaded or not model.bakes_lora
+        if getattr(model, "adapters_uuid", None) == self.patches_uuid and in_place:
             return
+        model.adapters_uuid = None  # unknown, should one of these fail halfway
+        if model.bakes_lora:
+            use_baked(model, self.patches, self.load_device)
+        else:
+            self._use_branches()
+        model.adapters_uuid = self.patches_uuid
+
+    def _use_branches(self) -> None:
         model = self.model
         # only patches that act count, so no strength is the base again, bit for bit
         adapters = branches(
@@ -203,7 +215,6 @@ class EnginePatcher(comfy.model_patcher.ModelPatcher):
             build_lora_plans(model.engine.folder, missing, progress)
             progress.show("")
         model.engine.use_adapters(adapters)
-        model.adapters_uuid = self.patches_uuid
 
     def _check_patches(self, patches: Mapping[Any, Any]) -> None:
         inside = self._inside()

@@ -170,6 +170,23 @@ class WeightChangeError(NodeError):
         )
 
 
+class BakeError(NodeError):
+    """A LoRA cannot be baked into an engine, because the original weights are not there.
+
+    Attributes:
+        checkpoint: Name of the engine's quantized checkpoint.
+        reason: What is in the way.
+        next_step: How to get the weights.
+    """
+
+    def __init__(self, checkpoint: str, reason: str, next_step: str) -> None:
+        self.checkpoint, self.reason, self.next_step = checkpoint, reason, next_step
+        super().__init__(
+            f"A LoRA cannot be baked into {checkpoint!r}: {reason}. {next_step}, or choose lora "
+            "'runtime' in 'Load FLUX FP4 Engine', which needs no original weights."
+        )
+
+
 class EngineModelError(NodeError):
     """A node needs something of a MODEL that an engine does not have.
 

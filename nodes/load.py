@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .engine_model import Placement
 
 BACKENDS = ("auto", "tensorrt_rtx", "tensorrt", "reference")
+LORA_MODES = ("runtime", "baked")
 
 BACKEND = io.Combo.Input(
     "backend",
@@ -21,6 +22,15 @@ BACKEND = io.Combo.Input(
     default="auto",
     tooltip="What runs the blocks. auto takes the library the engine was built for, and the slow "
     "CPU reference where no GPU can run it; the log says why.",
+)
+LORA = io.Combo.Input(
+    "lora",
+    options=list(LORA_MODES),
+    default="runtime",
+    optional=True,
+    tooltip="How LoRAs behind this node work. runtime: another LoRA or strength acts at once, at "
+    "some cost per step. baked: no cost per step, but blocks that a LoRA touches are quantized "
+    "again from the original checkpoint and rebuilt when LoRA or strength changes; kept for later.",
 )
 MAIN_MEMORY = "main memory"
 MODULATION = io.Combo.Input(
@@ -70,6 +80,7 @@ class LoadEngine(io.ComfyNode):
                     "'Build TensorRT Engine'.",
                 ),
                 BACKEND,
+                LORA,
                 MODULATION,
                 ENGINE_MEMORY,
             ],
@@ -89,6 +100,7 @@ class LoadEngine(io.ComfyNode):
         cls,
         engine: str,
         backend: str,
+        lora: str = "runtime",
         modulation_memory: str = MAIN_MEMORY,
         engine_memory: float = 0.0,
     ) -> io.NodeOutput:
@@ -96,7 +108,7 @@ class LoadEngine(io.ComfyNode):
         from .progress import NodeProgress
 
         where = placement(modulation_memory, engine_memory)
-        model = stages.load(paths.engine_folder(engine), backend, where)
+        model = stages.load(paths.engine_folder(engine), backend, where, lora == "baked")
         text = reports.model_summary(engine, model)
         NodeProgress(cls.hidden.unique_id).show(text)
         return io.NodeOutput(model, ui=ui.PreviewText(text))

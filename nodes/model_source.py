@@ -14,6 +14,7 @@ from ..quant.flux.config import FluxConfig
 from ..quant.nvfp4 import NVFP4Weight
 from ..quant.sources.source import FluxSource, checked_config
 from .errors import ModelSourceError
+from .patch_digest import update_digest
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -69,8 +70,8 @@ class ModelSource(FluxSource):
         for name in sorted(self._patches):
             _, (weight, *patches) = self._patches[name]
             digest.update(repr((name, self.shapes[name], str(weight[0].dtype))).encode())
-            _update(digest, _head(weight[0]))
-            _update(digest, patches)
+            update_digest(digest, _head(weight[0]))
+            update_digest(digest, patches)
         return digest.hexdigest()
 
     def _tensor(self, name: str, device: str) -> Tensor:
@@ -120,18 +121,3 @@ def _plain(weight: Tensor) -> Tensor:
 def _head(weight: Tensor) -> Tensor:
     stored = getattr(weight, "_qdata", weight).detach()
     return stored.flatten()[: _SAMPLE_BYTES // stored.element_size()]
-
-
-def _update(digest: Any, value: Any) -> None:
-    """Count a patch of any kind: numbers, names and every byte of its tensors."""
-    if isinstance(value, Tensor):
-        data = value.detach().cpu().contiguous().flatten().view(torch.uint8)
-        digest.update(repr((tuple(value.shape), str(value.dtype))).encode())
-        digest.update(data.numpy().tobytes())
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            _update(digest, part)
-    elif hasattr(value, "weights"):
-        _update(digest, (type(value).__name__, value.weights))
-    else:
-        digest.update(repr(getattr(value, "__qualname__", value)).encode())

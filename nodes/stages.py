@@ -88,13 +88,21 @@ def build(
     return checkpoint.parent / spec.folder_name, manifest
 
 
-def load(engine: Path, backend: str, placement: Placement) -> EnginePatcher:
+def load(
+    engine: Path, backend: str, placement: Placement, bakes_lora: bool = False
+) -> EnginePatcher:
     """Open an engine as MODEL.
+
+    Args:
+        engine: Folder with the manifest.
+        backend: ``auto`` or the name of a backend.
+        placement: Where weights may be.
+        bakes_lora: Whether LoRAs are merged into blocks, instead of running beside them.
 
     Raises:
         EngineOutdatedError: The checkpoint beside it was quantized again after the build.
     """
-    arguments = (str(engine), backend, placement)
+    arguments = (str(engine), backend, placement, bakes_lora)
     patcher = load_engine_model(*arguments)
     # ComfyUI's multi-GPU nodes load the model a second time through this.
     patcher.cached_patcher_init = (load_engine_model, arguments)
@@ -105,6 +113,7 @@ def load_engine_model(
     engine_folder: str,
     backend: str,
     placement: Placement,
+    bakes_lora: bool = False,
     disable_dynamic: bool = False,
 ) -> EnginePatcher:
     """Return a fresh patcher over an engine folder.
@@ -113,6 +122,7 @@ def load_engine_model(
         engine_folder: Folder with the manifest.
         backend: ``auto`` or the name of a backend.
         placement: Where weights may be.
+        bakes_lora: Whether LoRAs are merged into blocks, instead of running beside them.
         disable_dynamic: Part of ComfyUI's factory signature; an engine is never dynamic.
     """
     from ..quant.flux.config import block_linears
@@ -139,4 +149,5 @@ def load_engine_model(
         load_device,
         placement,
     )
+    model.bakes_lora = bakes_lora
     return EnginePatcher(model.to(offload_device), load_device, offload_device)

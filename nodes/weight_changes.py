@@ -67,6 +67,46 @@ def check_patch(key: str, patch: Any, offset: Any, shape: torch.Size) -> None:
         )
 
 
+def acting_patches(
+    patches: Mapping[str, Sequence[Patch]], linears_of: Mapping[str, Sequence[str]]
+) -> dict[str, list[Patch]]:
+    """Return the patches that change Linears inside plans, by full name of the Linear.
+
+    Left out are those of strength 0, so that they give the base again, bit for bit.
+    """
+    names = [f"{block}.{linear}" for block, linears in linears_of.items() for linear in linears]
+    found = {
+        name: [patch for patch in patches.get(f"{PREFIX}{name}{WEIGHT}", ()) if _acts(patch)]
+        for name in names
+    }
+    return {name: acting for name, acting in found.items() if acting}
+
+
+def merged_weight(name: str, patches: Sequence[Patch], base: Tensor) -> Tensor:
+    """Return what ComfyUI makes of a weight.
+
+    Args:
+        name: Full name of the Linear.
+        patches: In their order.
+        base: The weight in float32; unchanged.
+
+    Raises:
+        WeightChangeError: Nothing in the patches can be applied, or the result is not finite.
+    """
+    key = f"{PREFIX}{name}{WEIGHT}"
+    # ComfyUI's function works in place; "model_as_lora" patches ask for the weight before them
+    changed: Tensor = comfy.lora.calculate_weight(
+        list(patches), base.clone(), key, original_weights={key: [(base, lambda w, **_: w)]}
+    )
+    if torch.equal(changed.float(), base):
+        # ComfyUI logs what it cannot apply and goes on without it
+        raise WeightChangeError(name, "ComfyUI finds nothing in it to apply (see the log)")
+    # quicker than isfinite() of every number; a NaN is both the least and the greatest
+    if not torch.stack(torch.aminmax(changed)).isfinite().all():
+        raise WeightChangeError(name, "it makes the weight NaN or infinite")
+    return changed
+
+
 def branches(
     patches: Mapping[str, Sequence[Patch]],
     checkpoint: StoredLinears,
@@ -90,11 +130,12 @@ def branches(
         WeightChangeError: Too large a part of a change would be lost.
     """
     adapters = {}
+    acting = acting_patches(patches, linears_of)
     for block, linears in linears_of.items():
         changes = {
             linear: _change(
                 f"{block}.{linear}",
-                [p for p in patches.get(f"{PREFIX}{block}.{linear}{WEIGHT}", ()) if _acts(p)],
+                acting.get(f"{block}.{linear}", ()),
                 checkpoint,
                 max_rank,
                 device,
@@ -161,18 +202,7 @@ def _computed(name: str, patches: Sequence[Patch], checkpoint: StoredLinears) ->
 
     linear = name.split(".", 2)[2]
     base = stored_weight(linear, checkpoint.linear_tensors(name))
-    key = f"{PREFIX}{name}{WEIGHT}"
-    # ComfyUI's function works in place; "model_as_lora" patches ask for the weight before them
-    changed = comfy.lora.calculate_weight(
-        list(patches), base.clone(), key, original_weights={key: [(base, lambda w, **_: w)]}
-    )
-    change: Tensor = changed.float() - base
-    if not change.any():
-        # ComfyUI logs what it cannot apply and goes on without it
-        raise WeightChangeError(name, "ComfyUI finds nothing in it to apply (see the log)")
-    if not torch.isfinite(change).all():
-        raise WeightChangeError(name, "it makes the weight NaN or infinite")
-    return change
+    return merged_weight(name, patches, base).float() - base
 
 
 def _report_loss(name: str, loss: float, rank: int) -> None:

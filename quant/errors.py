@@ -104,6 +104,24 @@ class CalibrationError(QuantError):
         )
 
 
+class StatisticsMissingError(QuantError):
+    """Blocks are to be quantized again, but what calibration measured in them is gone.
+
+    Attributes:
+        name: Name of the quantized checkpoint.
+        block: The first block without statistics.
+    """
+
+    def __init__(self, name: str, block: str) -> None:
+        self.name, self.block = name, block
+        super().__init__(
+            f"'{name}' cannot be changed: the calibration statistics of '{block}' are no longer in "
+            "the folder '.statistics' of models/flux_fp4. To collect them again, quantize the same "
+            "checkpoint with the same samples in 'Quantize FLUX to FP4' under another name. Or "
+            "choose lora 'runtime' in 'Load FLUX FP4 Engine', which needs none."
+        )
+
+
 class NoiseCheckpointError(QuantError):
     """A model decoded from NVFP4 predicts nothing: its weights were read in the wrong order.
 

@@ -81,6 +81,9 @@ class QuantizedMetadata(BaseModel):
         content_digest: blake3 over names and bytes of every tensor here.
         linears: Report by Linear.
         blocks: Report by block.
+        base_digest: Only in a file of changed blocks: content digest of the checkpoint in which
+            they stand for the blocks of the same name. The file has no others, and nothing of what
+            stays outside of plans.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -102,6 +105,14 @@ class QuantizedMetadata(BaseModel):
     content_digest: str
     linears: tuple[LinearReport, ...]
     blocks: tuple[BlockReport, ...]
+    base_digest: str | None = None
+
+    @property
+    def block_names(self) -> tuple[str, ...]:
+        """Names of the blocks in the file, in the order they run."""
+        if self.base_digest is None:
+            return self.config.block_names
+        return tuple(report.name for report in self.blocks)
 
     @property
     def recipe(self) -> str:
@@ -209,8 +220,8 @@ class QuantizedCheckpoint:
             raise QuantizedCheckpointError(self.path.name, reason)
 
     def _needed(self) -> set[str]:
-        config, needed = self.metadata.config, set()
-        for block in config.block_names:
+        needed = set()
+        for block in self.metadata.block_names:
             for linear in (f"{block}.{part}" for part in block_linears(block)):
                 needed.add(f"{linear}.weight")
                 if f"{linear}.weight" in self.tensors:

@@ -46,6 +46,14 @@ class StatisticsFolder:
             return None  # a cache: what cannot be read is made again
         return _from_tensors(tensors)
 
+    def holds(self, block: str) -> bool:
+        """Tell by its header whether a block's statistics are there."""
+        try:
+            with safe_open(self._file(block), framework="pt") as file:
+                return bool(file.metadata() == self._identity | {"block": block})
+        except (OSError, SafetensorError):
+            return False
+
     def write(self, block: str, statistics: BlockStatistics) -> None:
         """Store a block's statistics; the file takes its name when it is whole."""
         self.path.mkdir(parents=True, exist_ok=True)

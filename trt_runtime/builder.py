@@ -14,8 +14,8 @@ from .manifest import (
     MANIFEST,
     UNFINISHED,
     EngineManifest,
-    lora_manifest,
     plan_files,
+    variants_manifest,
     write_manifest,
 )
 from .plan_build import PlanBuild
@@ -147,7 +147,7 @@ def _put_in_force(engine_dir: Path, manifest: EngineManifest) -> None:
     """Store the manifest of a finished build, then delete plans that no manifest needs any more."""
     write_manifest(engine_dir / MANIFEST, manifest)
     (engine_dir / UNFINISHED).unlink(missing_ok=True)
-    variants = lora_manifest(engine_dir, manifest)
+    variants = variants_manifest(engine_dir / LORA, manifest)
     if variants is None:
         (engine_dir / LORA).unlink(missing_ok=True)
     current = {entry.file for entry in (*manifest.blocks, *(variants.blocks if variants else ()))}

@@ -12,6 +12,7 @@ import torch
 
 from .adapters import Adapters
 from .backend import choose_backend, probe_gpu
+from .baked_plans import BakedBlocks
 from .block_call import AcceptedCall, accepted_call, batch_parts
 from .errors import BlockInputError
 from .manifest import EngineManifest, PlanEntry, load_manifest, verify_engine
@@ -49,7 +50,13 @@ class Executor(Protocol):
         """Return the blocks that cannot take adapters before something is built."""
 
     def use(self, adapters: Adapters) -> None:
-        """Run these adapters and no others, loaded or not."""
+        """Run these adapters, and neither others nor baked blocks, loaded or not."""
+
+    def missing_baked_plans(self, baked: BakedBlocks) -> list[str]:
+        """Return the changed blocks that cannot run before something is built."""
+
+    def use_baked(self, baked: BakedBlocks) -> None:
+        """Run changed blocks, and neither others nor adapters, loaded or not."""
 
     def load(self, device: torch.device) -> None:
         """Make all blocks ready to run."""
@@ -80,6 +87,7 @@ class Engine:
         self._executor = executor
         self._self_test = self_test
         self._adapters: Adapters = {}
+        self._baked: BakedBlocks | None = None
         self._limit: int | None = None
         self._entries = {entry.block: entry for entry in manifest.blocks}
         self._calls: dict[str, AcceptedCall] = {}
@@ -171,10 +179,13 @@ class Engine:
             return
         complete = False
         try:
-            # adapters change what blocks compute
+            # adapters and baked blocks compute something else
             self._executor.use({})
             test.run(machine, self.run)
-            self._executor.use(self._adapters)
+            if self._baked is None:
+                self._executor.use(self._adapters)
+            else:
+                self._executor.use_baked(self._baked)
             complete = True
         finally:
             if not complete:
@@ -189,7 +200,7 @@ class Engine:
         return self._executor.missing_lora_plans(blocks)
 
     def use_adapters(self, adapters: Adapters) -> None:
-        """Add low-rank factors to Linears; they replace those that were in use.
+        """Add low-rank factors to Linears; they replace those, or baked blocks, that were in use.
 
         Blocks without an adapter run their own plan, so no adapters at all give the results of
         before, bit for bit.
@@ -205,7 +216,27 @@ class Engine:
         for block in adapters:
             self._entry(block)
         self._executor.use(adapters)
-        self._adapters = adapters
+        self._adapters, self._baked = adapters, None
+
+    def missing_baked_plans(self, baked: BakedBlocks) -> list[str]:
+        """Return the changed blocks that `baked_plans.build_baked_plans` must build first."""
+        return self._executor.missing_baked_plans(baked)
+
+    def use_baked(self, baked: BakedBlocks) -> None:
+        """Run changed blocks in the place of the engine's own; they replace what was in use.
+
+        ``use_adapters({})`` gives the results of before, bit for bit.
+
+        Raises:
+            BlockInputError: The engine has no such block; nothing has changed.
+            BlocksMissingError, BakedPlanMissingError: A block is not there in the form that this
+                backend runs; nothing has changed.
+            EngineStaleError: A block was changed from another checkpoint; nothing has changed.
+        """
+        for block in baked.blocks:
+            self._entry(block)
+        self._executor.use_baked(baked)
+        self._adapters, self._baked = {}, baked
 
     def run(self, block: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Run one block.

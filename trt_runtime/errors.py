@@ -250,6 +250,17 @@ class LoraPlanMissingError(EngineError):
         )
 
 
+class BakedPlanMissingError(EngineError):
+    """Changed blocks that have no plan, or none that belongs to this engine."""
+
+    def __init__(self, blocks: Sequence[str]) -> None:
+        self.blocks = tuple(blocks)
+        super().__init__(
+            f"{len(self.blocks)} blocks with a baked LoRA have no plan for this engine (first: "
+            f"'{self.blocks[0]}'). Queue the workflow again to build them."
+        )
+
+
 class EngineNotLoadedError(EngineError):
     """A run before load() or after unload()."""
 

@@ -11,9 +11,11 @@ import torch
 
 from .adapters import Adapters, FactorStore, factor_inputs
 from .backend import Backend, RuntimeLog, runtime_log
+from .baked_plans import BakedBlocks, baked_plans
 from .cuda_access import CudaAccess
 from .driver import driver_version
 from .errors import (
+    BakedPlanMissingError,
     EngineNotLoadedError,
     ExecutionError,
     LoraPlanMissingError,
@@ -55,6 +57,7 @@ class TensorRTExecutor:
         self._checked: dict[str, mmap.mmap] = {}
         self._seen: dict[str, set[Shapes]] = {}
         self._variants: dict[str, PlanEntry] = {}
+        self._variants_dir = engine_dir
         self._factors = FactorStore()
         self._scratch: ScratchMemory | None = None
         self._cache: RuntimeCache | None = None
@@ -140,7 +143,7 @@ class TensorRTExecutor:
         return [block for block in blocks if block not in plans]
 
     def use(self, adapters: Adapters) -> None:
-        """Run these adapters, and no others, from the next run on.
+        """Run these adapters, and neither others nor baked blocks, from the next run on.
 
         Blocks with an adapter run their variant's plan, all others their own. What is loaded and
         does not change stays loaded.
@@ -158,8 +161,33 @@ class TensorRTExecutor:
             block: factor_inputs(block, plans[block].inputs, linears)
             for block, linears in adapters.items()
         }
-        self._variants = {block: plans[block] for block in adapters}
         self._factors.replace(inputs, TORCH_DTYPES[self._manifest.high_precision])
+        self._run_instead({block: plans[block] for block in adapters}, self._engine_dir)
+
+    def missing_baked_plans(self, baked: BakedBlocks) -> list[str]:
+        """Return the changed blocks that must be built before `use_baked`."""
+        plans = baked_plans(self._engine_dir, self._manifest, baked)
+        return [block for block in baked.blocks if block not in plans]
+
+    def use_baked(self, baked: BakedBlocks) -> None:
+        """Run changed blocks, and neither others nor adapters, from the next run on.
+
+        What is loaded and does not change stays loaded.
+
+        Raises:
+            BakedPlanMissingError: A block was not built for this engine; nothing has changed.
+            EngineError: A plan could not be loaded; nothing stays loaded then.
+        """
+        plans = baked_plans(self._engine_dir, self._manifest, baked)
+        missing = [block for block in baked.blocks if block not in plans]
+        if missing:
+            raise BakedPlanMissingError(missing)
+        self._factors.replace({}, TORCH_DTYPES[self._manifest.high_precision])
+        self._run_instead(plans, baked.plan_dir(self._engine_dir))
+
+    def _run_instead(self, variants: dict[str, PlanEntry], folder: Path) -> None:
+        """Run the plans in `folder` for these blocks, and the engine's own for all others."""
+        self._variants, self._variants_dir = variants, folder
         self._settle_if_loaded()
 
     def run(self, block: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -253,7 +281,9 @@ class TensorRTExecutor:
     def _plan(self, entry: PlanEntry) -> mmap.mmap:
         """Map a plan; its digest is computed the first time only, a step must not wait for it."""
         if entry.key not in self._checked:
-            self._checked[entry.key] = check_plan(self._engine_dir, entry)
+            is_variant = entry in self._variants.values()
+            folder = self._variants_dir if is_variant else self._engine_dir
+            self._checked[entry.key] = check_plan(folder, entry)
         return self._checked[entry.key]
 
     def _machine(self) -> Machine:

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from .backend import load_backend
+from .backend import Backend, load_backend
 from .contract import lora_variant
 from .errors import BlocksMissingError, EngineStaleError, EngineVersionError
 from .manifest import (
@@ -19,7 +19,7 @@ from .manifest import (
     PlanEntry,
     check_onnx,
     load_manifest,
-    lora_manifest,
+    variants_manifest,
     write_manifest,
 )
 from .plan_build import PlanBuild
@@ -37,12 +37,12 @@ def lora_plans(engine_dir: Path, engine: EngineManifest) -> dict[str, PlanEntry]
     Left out is what is older than its ONNX file or whose plan is gone. The digest is not looked
     at: `check_plan` does before anything is deserialized.
     """
-    variants = lora_manifest(engine_dir, engine)
+    variants = variants_manifest(engine_dir / LORA, engine)
     found = {entry.block: entry for entry in variants.blocks} if variants else {}
     return {
         block: found[lora_variant(block)]
         for block in engine.expected_blocks
-        if lora_variant(block) in found and _is_usable(engine_dir, found[lora_variant(block)])
+        if lora_variant(block) in found and is_usable(engine_dir, found[lora_variant(block)])
     }
 
 
@@ -64,9 +64,7 @@ def build_lora_plans(
         EngineError: Any of the build errors; variants that were finished before are kept.
     """
     engine = load_manifest(engine_dir)
-    backend = load_backend(engine.backend)
-    if backend.version != engine.backend_version:
-        raise EngineVersionError(engine.built_with, backend.label)
+    backend = engine_backend(engine)
     total = len(blocks)
     with locked(engine_dir, lambda: progress("Waiting for another build of this engine", 0, total)):
         remove_temporaries(engine_dir)
@@ -85,7 +83,20 @@ def build_lora_plans(
     return variants
 
 
-def _is_usable(engine_dir: Path, entry: PlanEntry) -> bool:
+def engine_backend(engine: EngineManifest) -> Backend:
+    """Return the library for plans that run beside an engine's.
+
+    Raises:
+        EngineVersionError: The engine was built with another release.
+    """
+    backend = load_backend(engine.backend)
+    if backend.version != engine.backend_version:
+        raise EngineVersionError(engine.built_with, backend.label)
+    return backend
+
+
+def is_usable(engine_dir: Path, entry: PlanEntry) -> bool:
+    """Tell whether a plan is there and not older than its ONNX file in the parent folder."""
     path = engine_dir / entry.file
     try:
         check_onnx(engine_dir, entry)

@@ -35,6 +35,9 @@ UNFINISHED = "build.json"
 LORA = "lora.json"
 """A manifest of the variants for LoRA that were needed so far; same format."""
 
+BAKED = "baked.json"
+"""A manifest of changed blocks that stand for an engine's own; same format."""
+
 MAX_MANIFEST_BYTES = 8 << 20
 KEY_DIGITS = 12
 PLAN_NAME = re.compile(rf"({BLOCK_NAME.pattern})-[0-9a-f]{{{KEY_DIGITS}}}\.plan")
@@ -175,15 +178,14 @@ def read_manifest_file(path: Path) -> EngineManifest:
         raise ManifestInvalidError(path, field, first["msg"]) from error
 
 
-def lora_manifest(engine_dir: Path, engine: EngineManifest) -> EngineManifest | None:
-    """Return the manifest of the variants that belong to an engine; None if there is none."""
-    path = engine_dir / LORA
+def variants_manifest(path: Path, engine: EngineManifest) -> EngineManifest | None:
+    """Return a manifest of plans that belong to an engine; None if there is none of that engine."""
     if not path.is_file():
         return None
     try:
         variants = read_manifest_file(path)
     except ManifestInvalidError as error:
-        logger.warning("The plans for LoRA are built again: %s", error)
+        logger.warning("These plans are built again: %s", error)
         return None
     return variants if variants.is_variant_of(engine) else None
 

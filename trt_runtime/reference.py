@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .adapters import Adapters, FactorStore, factor_inputs
+from .baked_plans import BakedBlocks, baked_signatures
 from .contract import lora_variant
 from .errors import BlocksMissingError, BlocksMixedError, EngineNotLoadedError
 from .reference_graph import reference_model
@@ -92,7 +93,7 @@ class ReferenceExecutor:
         return []
 
     def use(self, adapters: Adapters) -> None:
-        """Run these adapters, and no others, from the next run on.
+        """Run these adapters, and neither others nor baked blocks, from the next run on.
 
         Raises:
             BlocksMissingError: The checkpoint was exported without variants; nothing has changed.
@@ -103,8 +104,28 @@ class ReferenceExecutor:
             block: factor_inputs(block, variants[block].inputs, linears)
             for block, linears in adapters.items()
         }
-        self._variants = variants
         self._factors.replace(inputs, torch.float32)
+        self._run_instead(variants)
+
+    def missing_baked_plans(self, baked: BakedBlocks) -> list[str]:
+        """Return nothing: what runs is the ONNX file itself."""
+        del baked
+        return []
+
+    def use_baked(self, baked: BakedBlocks) -> None:
+        """Run changed blocks, and neither others nor adapters, from the next run on.
+
+        Raises:
+            BlocksMissingError: A block has no ONNX file; nothing has changed.
+            EngineStaleError: A block was changed from another checkpoint; nothing has changed.
+        """
+        own = next(iter(self._signatures.values()))
+        changed = {s.block: s for s in baked_signatures(baked, own.checkpoint_digest)}
+        self._factors.replace({}, torch.float32)
+        self._run_instead(changed)
+
+    def _run_instead(self, variants: dict[str, BlockSignature]) -> None:
+        self._variants = variants
         if self._sessions:
             self._create_sessions()
 

@@ -60,7 +60,11 @@ def contract_metadata(
         [linear for linear, stored in formats.items() if stored == wanted]
         for wanted in ("nvfp4", "fp8")
     )
+    base = metadata.base_digest
+    # a changed block belongs to the engine of its base; its own digest tells changes apart
+    changed = {} if base is None else {"flux_fp4.changed_digest": metadata.content_digest}
     return {
+        **changed,
         "flux_fp4.contract": str(CONTRACT_VERSION),
         "flux_fp4.block": block + LORA_SUFFIX if lora else block,
         "flux_fp4.kind": block_kind(block),
@@ -72,6 +76,6 @@ def contract_metadata(
         "flux_fp4.fp8_attention": str(int(metadata.fp8_attention)),
         "flux_fp4.depth": str(config.depth),
         "flux_fp4.depth_single_blocks": str(config.depth_single_blocks),
-        "flux_fp4.checkpoint_digest": metadata.content_digest,
+        "flux_fp4.checkpoint_digest": base or metadata.content_digest,
         "flux_fp4.recipe": metadata.recipe,
     }

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 def export_blocks(checkpoint: Path, progress: Progress) -> tuple[Path, ...]:
     """Export every block of a quantized checkpoint, and its variant for LoRA beside it.
 
+    Changed blocks have a LoRA in their weights already, and get no variant.
+
     Each file is checked with ``onnx.checker`` (full check) under a temporary name before it takes
     its own, so an interrupted export leaves whole files only.
 
@@ -42,11 +44,11 @@ def export_blocks(checkpoint: Path, progress: Progress) -> tuple[Path, ...]:
     """
     started = time.monotonic()
     header = QuantizedCheckpoint.read(checkpoint)
-    blocks = header.metadata.config.block_names
+    blocks = header.metadata.block_names
     paths = []
     for done, block in enumerate(blocks):
         progress(f"Exporting {block}", done, len(blocks))
-        for lora in (False, True):
+        for lora in _variants(header):
             write_checked(block_model(header, block, lora), onnx_path(checkpoint, block, lora))
         paths.append(onnx_path(checkpoint, block))
     progress("Exported", len(blocks), len(blocks))
@@ -63,8 +65,8 @@ def exported_blocks(checkpoint: Path) -> tuple[Path, ...]:
     """
     header = QuantizedCheckpoint.read(checkpoint)
     paths = []
-    for block in header.metadata.config.block_names:
-        for lora in (False, True):
+    for block in header.metadata.block_names:
+        for lora in _variants(header):
             path = onnx_path(checkpoint, block, lora)
             if not path.is_file():
                 raise OnnxExportMissingError(header.name, f"'{path.name}' is missing")
@@ -74,6 +76,10 @@ def exported_blocks(checkpoint: Path) -> tuple[Path, ...]:
                 raise OnnxExportMissingError(header.name, f"'{path.name}' is of another checkpoint")
         paths.append(onnx_path(checkpoint, block))
     return tuple(paths)
+
+
+def _variants(header: QuantizedCheckpoint) -> tuple[bool, ...]:
+    return (False, True) if header.metadata.base_digest is None else (False,)
 
 
 def onnx_path(checkpoint: Path, block: str, lora: bool = False) -> Path:

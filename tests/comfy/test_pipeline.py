@@ -29,6 +29,7 @@ from pipeline_runs import (
     shipped,
     up_to,
 )
+from small_lora import LORA, write_small_lora
 from small_workflow import (
     QUANTIZED_NAME,
     with_original_model,
@@ -253,6 +254,32 @@ def test_engine_names_from_links_are_checked(
     result = client.run(changed(workflow, "FluxFP4LoadEngine", engine=["any", 0]))
     assert result.status == "error"
     assert "There is no engine" in result.error_message
+
+
+def test_lora_is_baked_once_and_leaves_without_a_trace(
+    client: ComfyClient, object_info: dict[str, Any], engine: Path, models: Path
+) -> None:
+    write_small_lora(models.parent / "loras")
+    workflow = shipped(LOAD_ENGINE, object_info)
+    without = picture(client, client.run(workflow))
+    baked = changed(workflow, "FluxFP4LoadEngine", lora="baked")
+    loader = the_node(baked, "FluxFP4LoadEngine")
+    for node in baked.values():
+        inputs = node["inputs"]
+        inputs.update({name: ["lora", 0] for name, link in inputs.items() if link == [loader, 0]})
+    inputs = {"model": [loader, 0], "lora_name": LORA, "strength_model": 1.0}
+    baked["lora"] = {"class_type": "LoraLoaderModelOnly", "inputs": inputs}
+    sampler = the_node(baked, "SamplerCustomAdvanced")
+    first = client.run(baked)
+    assert "Quantizing double_blocks.0" in first.progress_texts(sampler)
+    assert first.progress_texts(sampler)[-1] == ""
+    assert psnr_db(picture(client, first), without) < 30
+    # the same blocks with another seed, and the base again
+    again = client.run(with_prompt(baked, PROMPT, seed=22))
+    assert again.status == "success"
+    assert again.progress_texts(sampler) == []
+    off = client.run(changed(baked, "LoraLoaderModelOnly", strength_model=0.0))
+    np.testing.assert_array_equal(picture(client, off), without)
 
 
 def test_empty_latent_is_refused(client: ComfyClient, pipeline: ApiWorkflow, models: Path) -> None:

@@ -61,6 +61,11 @@ EXAMPLES: list[tuple[EngineError, str]] = [
         "again to build them.",
     ),
     (
+        errors.BakedPlanMissingError(["double_blocks.0", "single_blocks.3"]),
+        "2 blocks with a baked LoRA have no plan for this engine (first: 'double_blocks.0'). "
+        "Queue the workflow again to build them.",
+    ),
+    (
         errors.SelfTestError("single_blocks.0", 3.25, 10.0, ENGINE / "self_test_failed.json"),
         "The engine is not used: on this GPU block 'single_blocks.0' gives 3.2 dB against the "
         "reference, at least 10 dB are needed. Update the NVIDIA driver and build again with "

@@ -1,0 +1,123 @@
+"""Quantizing a block of a source and writing it, for a whole checkpoint and for changed blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .block_quantizer import quantize_block
+from .checkpoint_layout import Layout, is_stored_quantized
+from .checkpoint_writer import CheckpointWriter
+from .flux.config import block_linears
+from .modulation import stored_modulation
+from .progress import Progress
+from .quantized_checkpoint import BlockReport, LinearReport
+from .recipe import Format, QuantizeOptions
+from .sources.source import FluxSource
+from .stack import block_statistics, block_with_weights, check_finite
+from .statistics_files import StatisticsFolder
+
+
+@dataclass(frozen=True)
+class BlockWork:
+    """What every step of one quantization needs.
+
+    Attributes:
+        source: The weights.
+        options: The recipe.
+        statistics: Of every block that is quantized.
+        formats: By full name of the Linear.
+        device: Where to compute.
+        dtype: Type to compute reports in; what is written does not depend on it.
+    """
+
+    source: FluxSource
+    options: QuantizeOptions
+    statistics: StatisticsFolder
+    formats: Mapping[str, Format]
+    device: str
+    dtype: torch.dtype
+
+
+def write_blocks(
+    blocks: Sequence[str],
+    work: BlockWork,
+    layout: Layout,
+    writer: CheckpointWriter,
+    progress: Progress,
+) -> None:
+    """Quantize blocks that the writer has not finished yet, one in memory at a time.
+
+    Args:
+        blocks: For example ``double_blocks.0``.
+        work: What to quantize and how.
+        layout: Of the file. Tensors that it does not have are left out, such as the modulation of
+            changed blocks.
+        writer: Takes the tensors; each block is a part of its own.
+        progress: Called before each block and at least once per Linear; may raise to cancel.
+    """
+    for done, name in enumerate(blocks):
+        if name in writer.finished:
+            progress(f"Keeping {name}, finished earlier", done, len(blocks))
+            continue
+        heartbeat = partial(progress, f"Quantizing {name}", done, len(blocks))
+        heartbeat()
+        writer.finish_part(name, _write_block(name, work, layout, writer, heartbeat))
+
+
+def _write_block(
+    name: str,
+    work: BlockWork,
+    layout: Layout,
+    writer: CheckpointWriter,
+    heartbeat: Callable[[], None],
+) -> dict[str, object]:
+    source = work.source
+    tensors = source.submodule(name, work.device)
+    linears = block_linears(name)
+    quantized = quantize_block(
+        name,
+        block_with_weights(name, source.config, tensors, work.dtype),
+        {linear: tensors[f"{linear}.weight"] for linear in linears},
+        {linear: source.packed(f"{name}.{linear}", work.device) for linear in linears},
+        block_statistics(work.statistics, name),
+        work.options,
+        {linear: work.formats[f"{name}.{linear}"] for linear in linears},
+        source.config.head_dim,
+        heartbeat,
+    )
+    for part, tensor in quantized.tensors.items():
+        writer.add(f"{name}.{part}", tensor)
+    written = {f"{linear}.weight" for linear in linears}
+    kept = {f"{name}.{part}": value for part, value in tensors.items() if part not in written}
+    write_kept({k: v for k, v in kept.items() if k in layout}, work, layout, writer)
+    return {
+        "linears": [report.model_dump() for report in quantized.linears],
+        "block": quantized.report.model_dump(),
+    }
+
+
+def write_kept(
+    tensors: Mapping[str, Tensor], work: BlockWork, layout: Layout, writer: CheckpointWriter
+) -> None:
+    """Add tensors that no plan quantizes, by their full names."""
+    check_finite(tensors)
+    for name, tensor in tensors.items():
+        if is_stored_quantized(name, work.options):
+            for part, stored in stored_modulation(name, tensor, work.options.modulation).items():
+                writer.add(part, stored)
+        else:
+            writer.add(name, tensor.to(layout[name][0]))
+
+
+def block_reports(
+    writer: CheckpointWriter, blocks: Iterable[str]
+) -> tuple[tuple[LinearReport, ...], tuple[BlockReport, ...]]:
+    """Return the reports on blocks that the writer has finished."""
+    notes = [writer.finished[name] for name in blocks]
+    linears = tuple(LinearReport(**report) for note in notes for report in note["linears"])
+    return linears, tuple(BlockReport(**note["block"]) for note in notes)
