@@ -34,9 +34,10 @@ from flux_fp4.quant.onnx_export import export_blocks  # noqa: E402
 from flux_fp4.quant.quantize import quantize_checkpoint  # noqa: E402
 from flux_fp4.quant.quantized_checkpoint import QuantizedCheckpoint  # noqa: E402
 from flux_fp4.quant.sources.source import FluxSource, open_source  # noqa: E402
-from flux_fp4.trt_runtime.baked_plans import BakedBlocks, build_baked_plans  # noqa: E402
 from flux_fp4.trt_runtime.builder import build_engine  # noqa: E402
+from flux_fp4.trt_runtime.selection import BakedBlocks, Selection  # noqa: E402
 from flux_fp4.trt_runtime.spec import BuildSpec  # noqa: E402
+from flux_fp4.trt_runtime.variant_plans import build_selected  # noqa: E402
 from full_size_blocks import CONFIG  # noqa: E402
 from quantize_tiny import with_recipe  # noqa: E402
 from tiny_flux import ignore_progress, random_flux, random_samples, save_flux  # noqa: E402
@@ -95,7 +96,7 @@ def bake(source: FluxSource, checkpoint: QuantizedCheckpoint, folder: Path, bloc
     export_blocks(path, ignore_progress)
     times.append(time.monotonic())
     engine_dir = checkpoint.path.parent / BuildSpec().folder_name
-    build_baked_plans(engine_dir, baked, ignore_progress)
+    build_selected(engine_dir, Selection(baked=baked), ignore_progress)
     times.append(time.monotonic())
     seconds = [f"{after - before:.1f}" for before, after in pairwise(times)]
     size = sum(file.stat().st_size for file in baked.folder.rglob("*") if file.is_file())

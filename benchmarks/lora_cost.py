@@ -27,10 +27,11 @@ register_pack()
 from flux_fp4.quant.onnx_export import export_blocks  # noqa: E402
 from flux_fp4.trt_runtime.adapters import LowRank, factor_shapes  # noqa: E402
 from flux_fp4.trt_runtime.build_log import layers_from_log  # noqa: E402
-from flux_fp4.trt_runtime.contract import lora_variant  # noqa: E402
+from flux_fp4.trt_runtime.contract import variant_name  # noqa: E402
 from flux_fp4.trt_runtime.plan import BuildJob, PlanFactory  # noqa: E402
 from flux_fp4.trt_runtime.plan_build import profile_shapes  # noqa: E402
 from flux_fp4.trt_runtime.reference import ReferenceExecutor  # noqa: E402
+from flux_fp4.trt_runtime.selection import Selection  # noqa: E402
 from flux_fp4.trt_runtime.signature import read_signature  # noqa: E402
 from flux_fp4.trt_runtime.spec import ShapeProfile  # noqa: E402
 from full_size_blocks import CONFIG, write_checkpoint  # noqa: E402
@@ -90,11 +91,14 @@ def reference_seconds(folder: Path, block: str) -> dict[int, float]:
     """Return the median seconds of a block by rank; 0 is the plain block."""
     executor = ReferenceExecutor(folder)
     executor.load(torch.device("cpu"))
-    inputs, variant = inputs_of(folder / f"{block}.onnx"), folder / f"{lora_variant(block)}.onnx"
+    inputs, variant = (
+        inputs_of(folder / f"{block}.onnx"),
+        folder / f"{variant_name(block, lora=True)}.onnx",
+    )
     found: dict[int, list[float]] = {}
     for turn in range(ROUNDS + 1):
         for rank in (0, *RANKS):
-            executor.use({block: adapters(variant, rank)} if rank else {})
+            executor.use(Selection({block: adapters(variant, rank)} if rank else {}))
             started = time.monotonic()
             executor.run(block, inputs)
             if turn:  # the first one warms up
@@ -113,11 +117,13 @@ def main() -> None:
     factory = PlanFactory("tensorrt_rtx", lambda message: None)
     print("| plan | build, s | kernels | MB | activations, MB |\n|---|---|---|---|---|")
     for block in CONFIG.block_names:
-        for name in (block, lora_variant(block)):
+        for name in (block, variant_name(block, lora=True)):
             print(build(folder / f"{name}.onnx", factory), flush=True)
     print("| block | rank | FLOPs beside the Linears' | reference, x plain |\n|---|---|---|---|")
     for block in CONFIG.block_names:
-        shapes = factor_shapes(read_signature(folder / f"{lora_variant(block)}.onnx").inputs)
+        shapes = factor_shapes(
+            read_signature(folder / f"{variant_name(block, lora=True)}.onnx").inputs
+        )
         products = sum(width * outputs for width, outputs in shapes.values())
         sums = sum(width + outputs for width, outputs in shapes.values())
         seconds = reference_seconds(folder, block)

@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ import torch
 from blake3 import blake3
 
 from . import paths
+from .built_plans import use_built
 from .errors import BakeError
 from .patch_digest import update_digest
 from .progress import NodeProgress, progress_of_running_node
@@ -30,7 +32,7 @@ from .weight_changes import Patch, acting_patches
 if TYPE_CHECKING:
     from ..quant.quantized_checkpoint import QuantizedCheckpoint
     from ..quant.sources.source import FluxSource
-    from ..trt_runtime.baked_plans import BakedBlocks
+    from ..trt_runtime.selection import BakedBlocks
 
 logger = logging.getLogger(__name__)
 
@@ -61,12 +63,12 @@ def use_baked(model: Any, patches: Mapping[str, Sequence[Patch]], device: torch.
         WeightChangeError: ComfyUI cannot apply a patch, or it makes a weight NaN or infinite.
         EngineError: A build failed; what was finished is kept.
     """
-    from ..trt_runtime.baked_plans import BakedBlocks, build_baked_plans
+    from ..trt_runtime.selection import BakedBlocks
     from ..trt_runtime.store import locked
 
-    acting = acting_patches(patches, model.plan_linears)
+    acting, selection = acting_patches(patches, model.plan_linears), model.engine.selection
     if not acting:
-        model.engine.use_adapters({})
+        use_built(model.engine, replace(selection, adapters={}, baked=None))
         return
     checkpoint = model.checkpoint
     key = _digest(checkpoint, acting)
@@ -77,12 +79,9 @@ def use_baked(model: Any, patches: Mapping[str, Sequence[Patch]], device: torch.
     progress = progress_of_running_node()
     with locked(root, lambda: progress("Waiting for another LoRA to be baked", 0, len(blocks))):
         _make_blocks(model, acting, key, baked, device, progress)
-        if model.engine.missing_baked_plans(baked):
-            build_baked_plans(model.engine.folder, baked, progress)
-            progress.show("")
         os.utime(baked.folder)
         _remove_oldest(root)
-        model.engine.use_baked(baked)
+        use_built(model.engine, replace(selection, adapters={}, baked=baked))
 
 
 def _make_blocks(

@@ -14,6 +14,7 @@ import torch
 from comfy.ldm.flux.layers import DoubleStreamBlock, ModulationOut, SingleStreamBlock
 from torch import Tensor, nn
 
+from .attention_masks import AttentionMasks
 from .errors import EngineWeightError, UnsupportedByEngineError
 from .modulation_table import TabledModulation
 from .rotary import RotaryTables
@@ -82,6 +83,7 @@ class EngineDoubleBlock(DoubleStreamBlock):
         name: str,
         engine: BlockEngine,
         rotary: RotaryTables,
+        masks: AttentionMasks,
         sizes: Mapping[str, Any],
         weights: Mapping[str, Any],
     ) -> None:
@@ -90,7 +92,7 @@ class EngineDoubleBlock(DoubleStreamBlock):
         if self.modulation:
             self.img_mod = TabledModulation(sizes["hidden_size"], double=True, **weights)
             self.txt_mod = TabledModulation(sizes["hidden_size"], double=True, **weights)
-        self.name, self.engine, self.rotary = name, engine, rotary
+        self.name, self.engine, self.rotary, self.masks = name, engine, rotary, masks
 
     def forward(
         self,
@@ -103,10 +105,11 @@ class EngineDoubleBlock(DoubleStreamBlock):
         modulation_dims_txt: Any = None,
         transformer_options: dict[str, Any] = {},  # noqa: B006 - ComfyUI's signature; only read
     ) -> tuple[Tensor, Tensor]:
-        _refuse_attention_changes(self.name, attn_mask, transformer_options)
+        _refuse_attention_changes(self.name, transformer_options)
         _refuse_modulation_dims(self.name, modulation_dims_img, modulation_dims_txt)
         cos, sin = self.rotary(pe)
         inputs = {"img": img, "txt": txt, "cos": cos, "sin": sin}
+        inputs |= self.masks.inputs(attn_mask, img, cos.shape[1])
         # FLUX.2 modulates all double blocks alike: ComfyUI passes the vectors in the place of vec.
         mods = (self.img_mod(vec), self.txt_mod(vec)) if self.modulation else vec
         for stream, parts in zip(("img", "txt"), mods, strict=True):
@@ -126,6 +129,7 @@ class EngineSingleBlock(SingleStreamBlock):
         name: str,
         engine: BlockEngine,
         rotary: RotaryTables,
+        masks: AttentionMasks,
         sizes: Mapping[str, Any],
         weights: Mapping[str, Any],
     ) -> None:
@@ -133,7 +137,7 @@ class EngineSingleBlock(SingleStreamBlock):
         replace_weights(self, name, keep=("modulation",))
         if self.modulation is not None:
             self.modulation = TabledModulation(sizes["hidden_size"], double=False, **weights)
-        self.name, self.engine, self.rotary = name, engine, rotary
+        self.name, self.engine, self.rotary, self.masks = name, engine, rotary, masks
 
     def forward(
         self,
@@ -144,11 +148,12 @@ class EngineSingleBlock(SingleStreamBlock):
         modulation_dims: Any = None,
         transformer_options: dict[str, Any] = {},  # noqa: B006 - ComfyUI's signature; only read
     ) -> Tensor:
-        _refuse_attention_changes(self.name, attn_mask, transformer_options)
+        _refuse_attention_changes(self.name, transformer_options)
         _refuse_modulation_dims(self.name, modulation_dims)
         cos, sin = self.rotary(pe)
         part = vec if self.modulation is None else self.modulation(vec)[0]
         inputs = {"x": x, "cos": cos, "sin": sin, **_modulation_inputs("mod", part)}
+        inputs |= self.masks.inputs(attn_mask, x, cos.shape[1])
         outputs = _run(self.engine, self.name, inputs)
         return _finite(outputs["x_out"])
 
@@ -174,13 +179,7 @@ def _finite(x: Tensor) -> Tensor:
     return torch.nan_to_num(x, nan=0.0, posinf=65504, neginf=-65504)
 
 
-def _refuse_attention_changes(
-    block: str, attn_mask: Tensor | None, transformer_options: Mapping[str, Any]
-) -> None:
-    if attn_mask is not None:
-        raise UnsupportedByEngineError(
-            "An attention mask", block, "Remove the node that masks attention (Redux strength)"
-        )
+def _refuse_attention_changes(block: str, transformer_options: Mapping[str, Any]) -> None:
     if "optimized_attention_override" in transformer_options:
         raise UnsupportedByEngineError(
             "A replaced attention function", block, "Remove the node that overrides attention"

@@ -20,6 +20,7 @@ import comfy.utils
 import torch
 from torch import Tensor, nn
 
+from .attention_masks import AttentionMasks
 from .engine_blocks import BlockEngine, EngineDoubleBlock, EngineSingleBlock
 from .errors import CheckpointWeightsError
 from .modulation_table import install_table
@@ -29,8 +30,7 @@ from .weight_changes import StoredLinears
 if TYPE_CHECKING:
     from comfy.model_base import BaseModel
 
-    from ..trt_runtime.adapters import LowRank
-    from ..trt_runtime.baked_plans import BakedBlocks
+    from ..trt_runtime.selection import Selection
 
 STREAM_COPIES = 6
 """Token tensors of hidden size alive at once outside of the engine: inputs and outputs of a block,
@@ -51,10 +51,10 @@ class ModelEngine(BlockEngine, Protocol):
     def activation_bytes(self, batch: int, img_tokens: int, txt_tokens: int) -> int: ...
     @property
     def folder(self) -> Path: ...
-    def missing_lora_plans(self, blocks: Sequence[str]) -> list[str]: ...
-    def use_adapters(self, adapters: Mapping[str, Mapping[str, LowRank]]) -> None: ...
-    def missing_baked_plans(self, baked: BakedBlocks) -> list[str]: ...
-    def use_baked(self, baked: BakedBlocks) -> None: ...
+    @property
+    def selection(self) -> Selection: ...
+    def misses(self, selection: Selection) -> list[str]: ...
+    def use(self, selection: Selection) -> None: ...
     def load(self, device: torch.device) -> None: ...
     def unload(self) -> None: ...
 
@@ -149,12 +149,13 @@ def build_engine_model(
     _choose_dtype(config, weights, load_device)
     model = config.get_model({})
     flux = model.diffusion_model
-    rotary = RotaryTables()
+    rotary, masks = RotaryTables(), AttentionMasks(engine)
     flux.double_blocks = nn.ModuleList(
         EngineDoubleBlock(
             f"double_blocks.{index}",
             engine,
             rotary,
+            masks,
             _double_block_sizes(unet_config),
             _weight_options(config),
         )
@@ -165,6 +166,7 @@ def build_engine_model(
             f"single_blocks.{index}",
             engine,
             rotary,
+            masks,
             _single_block_sizes(unet_config),
             _weight_options(config),
         )
@@ -178,6 +180,7 @@ def build_engine_model(
     comfy.model_management.archive_model_dtypes(flux)
     model.engine, model.checkpoint, model.plan_linears = engine, checkpoint, plan_linears
     model.bakes_lora = False
+    model.attention_masks = masks
     model.engine_limit = placement.engine_limit
     model.modulation = install_table(model) if placement.precompute_modulation else None
     working_bytes = 0 if model.modulation is None else model.modulation.working_bytes

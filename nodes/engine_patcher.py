@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import comfy.model_patcher
 import torch
 from comfy.model_patcher import LowVramPatch
 
-from ..trt_runtime.lora_plans import build_lora_plans
 from ..trt_runtime.spec import MAX_LORA_RANK
 from .baking import use_baked
+from .built_plans import use_built
 from .engine_blocks import EngineWeight
 from .errors import EngineModelError, EngineWeightError
-from .progress import progress_of_running_node
 from .weight_changes import PREFIX, branches, check_patch
 
 EVERYTHING = 1e32
@@ -97,6 +97,10 @@ class EnginePatcher(comfy.model_patcher.ModelPatcher):
             for linear in self._tabled():
                 comfy.model_patcher.wipe_lowvram_weight(linear)
         super().unpatch_model(device_to, unpatch_weights)
+
+    def pre_run(self) -> None:
+        super().pre_run()
+        self.model.attention_masks.begin_sampling()
 
     def patch_hooks(self, hooks: Any) -> None:
         super().patch_hooks(hooks)
@@ -209,12 +213,7 @@ class EnginePatcher(comfy.model_patcher.ModelPatcher):
         adapters = branches(
             self.patches, model.checkpoint, model.plan_linears, MAX_LORA_RANK, self.load_device
         )
-        missing = model.engine.missing_lora_plans(list(adapters))
-        if missing:
-            progress = progress_of_running_node()
-            build_lora_plans(model.engine.folder, missing, progress)
-            progress.show("")
-        model.engine.use_adapters(adapters)
+        use_built(model.engine, replace(model.engine.selection, adapters=adapters, baked=None))
 
     def _check_patches(self, patches: Mapping[Any, Any]) -> None:
         inside = self._inside()

@@ -10,9 +10,9 @@ from pathlib import Path
 from .backend import Backend, Gpu, load_backend, probe_gpu
 from .errors import BuildSpecError, EngineTargetError, FormatTargetError
 from .manifest import (
-    LORA,
     MANIFEST,
     UNFINISHED,
+    VARIANTS,
     EngineManifest,
     plan_files,
     variants_manifest,
@@ -147,9 +147,9 @@ def _put_in_force(engine_dir: Path, manifest: EngineManifest) -> None:
     """Store the manifest of a finished build, then delete plans that no manifest needs any more."""
     write_manifest(engine_dir / MANIFEST, manifest)
     (engine_dir / UNFINISHED).unlink(missing_ok=True)
-    variants = variants_manifest(engine_dir / LORA, manifest)
+    variants = variants_manifest(engine_dir / VARIANTS, manifest)
     if variants is None:
-        (engine_dir / LORA).unlink(missing_ok=True)
+        (engine_dir / VARIANTS).unlink(missing_ok=True)
     current = {entry.file for entry in (*manifest.blocks, *(variants.blocks if variants else ()))}
     for path in plan_files(engine_dir):
         if path.name not in current:

@@ -10,10 +10,11 @@ from .spec import RANK_AXIS
 CONTRACT = "2"
 """Version of what a block's file says of itself."""
 
-LORA_SUFFIX = ".lora"
-"""Behind the name of a block whose Linears take low-rank factors: the block's variant for LoRA."""
+LORA_SUFFIX, MASK_SUFFIX = ".lora", ".mask"
+"""Behind the name of a block whose Linears take low-rank factors, and of one whose attention takes
+a mask: the block's variants. Both in this order is the fourth form of a block."""
 
-BLOCK_NAME = re.compile(r"(double|single)_blocks\.(0|[1-9]\d{0,3})(\.lora)?")
+BLOCK_NAME = re.compile(r"(double|single)_blocks\.(0|[1-9]\d{0,3})(\.lora)?(\.mask)?")
 MODULATIONS = tuple(f"mod{i}_{part}" for i in (1, 2) for part in ("shift", "scale", "gate"))
 INPUTS = {
     "double": (
@@ -32,6 +33,11 @@ LINEARS = {
 }
 LORA_DOWN, LORA_UP = ".lora_down", ".lora_up"
 """Behind a Linear's name: the inputs ``[K, R]`` and ``[R, N]`` of a variant."""
+
+MASK = "mask"
+"""Input of masked variants, added to the attention scores."""
+
+MASK_SHAPE: tuple[int | str, ...] = ("B", 1, "S", "S")
 
 OUTPUTS = {"double": ("img_out", "txt_out"), "single": ("x_out",)}
 HIGH_PRECISION = ("bf16", "fp16", "fp32")
@@ -56,17 +62,23 @@ def block_names(depth: int, depth_single_blocks: int) -> tuple[str, ...]:
     return (*double, *(f"single_blocks.{i}" for i in range(depth_single_blocks)))
 
 
-def lora_variant(block: str) -> str:
-    """Return the name of a block's variant."""
-    return block + LORA_SUFFIX
+def variant_name(block: str, lora: bool = False, mask: bool = False) -> str:
+    """Return the name of one form of a block."""
+    return block + LORA_SUFFIX * lora + MASK_SUFFIX * mask
+
+
+def is_plain(name: str) -> bool:
+    """Tell whether a name is that of a block and not of a variant."""
+    return not name.endswith((LORA_SUFFIX, MASK_SUFFIX))
 
 
 def input_names(block: str, kind: str) -> tuple[str, ...]:
     """Return what the contract calls the inputs of a block or variant."""
-    if not block.endswith(LORA_SUFFIX):
-        return INPUTS[kind]
-    factors = (f"{linear}{part}" for linear in LINEARS[kind] for part in (LORA_DOWN, LORA_UP))
-    return (*INPUTS[kind], *factors)
+    names = INPUTS[kind]
+    if block.removesuffix(MASK_SUFFIX).endswith(LORA_SUFFIX):
+        factors = (f"{linear}{part}" for linear in LINEARS[kind] for part in (LORA_DOWN, LORA_UP))
+        names = (*names, *factors)
+    return (*names, MASK) if block.endswith(MASK_SUFFIX) else names
 
 
 def is_factor(name: str) -> bool:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
-from .adapters import Adapters
 from .backend import choose_backend, probe_gpu
-from .baked_plans import BakedBlocks
 from .block_call import AcceptedCall, accepted_call, batch_parts
+from .contract import MASK, MASK_SHAPE, TensorSpec
 from .errors import BlockInputError
 from .manifest import EngineManifest, PlanEntry, load_manifest, verify_engine
+from .selection import Selection
 from .self_test import Machine, SelfTest
 
 logger = logging.getLogger(__name__)
@@ -46,17 +46,11 @@ class Executor(Protocol):
     def limit(self, weight_bytes: int | None) -> None:
         """Set how much GPU memory weights and factors may take, loaded or not."""
 
-    def missing_lora_plans(self, blocks: Sequence[str]) -> list[str]:
-        """Return the blocks that cannot take adapters before something is built."""
+    def misses(self, selection: Selection) -> list[str]:
+        """Return the forms of blocks that must be built before they can run."""
 
-    def use(self, adapters: Adapters) -> None:
-        """Run these adapters, and neither others nor baked blocks, loaded or not."""
-
-    def missing_baked_plans(self, baked: BakedBlocks) -> list[str]:
-        """Return the changed blocks that cannot run before something is built."""
-
-    def use_baked(self, baked: BakedBlocks) -> None:
-        """Run changed blocks, and neither others nor adapters, loaded or not."""
+    def use(self, selection: Selection) -> None:
+        """Run what is selected, loaded or not."""
 
     def load(self, device: torch.device) -> None:
         """Make all blocks ready to run."""
@@ -86,8 +80,7 @@ class Engine:
         self.backend_reason = backend_reason
         self._executor = executor
         self._self_test = self_test
-        self._adapters: Adapters = {}
-        self._baked: BakedBlocks | None = None
+        self._selection = Selection()
         self._limit: int | None = None
         self._entries = {entry.block: entry for entry in manifest.blocks}
         self._calls: dict[str, AcceptedCall] = {}
@@ -179,13 +172,11 @@ class Engine:
             return
         complete = False
         try:
-            # adapters and baked blocks compute something else
-            self._executor.use({})
+            # plain blocks are what the reference runs
+            wanted = self._selection
+            self.use(Selection())
             test.run(machine, self.run)
-            if self._baked is None:
-                self._executor.use(self._adapters)
-            else:
-                self._executor.use_baked(self._baked)
+            self.use(wanted)
             complete = True
         finally:
             if not complete:
@@ -195,48 +186,38 @@ class Engine:
         """Free weights, contexts and buffers; load() brings them back."""
         self._executor.unload()
 
-    def missing_lora_plans(self, blocks: Sequence[str]) -> list[str]:
-        """Return the blocks whose variant `lora_plans.build_lora_plans` must build first."""
-        return self._executor.missing_lora_plans(blocks)
+    @property
+    def selection(self) -> Selection:
+        """What runs."""
+        return self._selection
 
-    def use_adapters(self, adapters: Adapters) -> None:
-        """Add low-rank factors to Linears; they replace those, or baked blocks, that were in use.
+    def misses(self, selection: Selection) -> list[str]:
+        """Return the forms of blocks that `variant_plans.build_selected` must build first."""
+        return self._executor.misses(selection)
 
-        Blocks without an adapter run their own plan, so no adapters at all give the results of
-        before, bit for bit.
+    def use(self, selection: Selection) -> None:
+        """Run other forms of blocks from the next run on.
 
-        Args:
-            adapters: By block, then by Linear.
+        ``use(Selection())`` gives the results of a fresh engine, bit for bit.
 
         Raises:
             BlockInputError: The engine has no such block; nothing has changed.
-            LoraPlanMissingError: A variant was not built; nothing has changed.
+            BlocksMissingError, VariantPlanMissingError: A block is not there in the form that this
+                backend runs; nothing has changed.
+            EngineStaleError: A form is of another checkpoint; nothing has changed.
             AdapterError: Factors do not fit; nothing has changed.
         """
-        for block in adapters:
+        for block in (*selection.adapters, *(selection.baked.blocks if selection.baked else ())):
             self._entry(block)
-        self._executor.use(adapters)
-        self._adapters, self._baked = adapters, None
-
-    def missing_baked_plans(self, baked: BakedBlocks) -> list[str]:
-        """Return the changed blocks that `baked_plans.build_baked_plans` must build first."""
-        return self._executor.missing_baked_plans(baked)
-
-    def use_baked(self, baked: BakedBlocks) -> None:
-        """Run changed blocks in the place of the engine's own; they replace what was in use.
-
-        ``use_adapters({})`` gives the results of before, bit for bit.
-
-        Raises:
-            BlockInputError: The engine has no such block; nothing has changed.
-            BlocksMissingError, BakedPlanMissingError: A block is not there in the form that this
-                backend runs; nothing has changed.
-            EngineStaleError: A block was changed from another checkpoint; nothing has changed.
-        """
-        for block in baked.blocks:
-            self._entry(block)
-        self._executor.use_baked(baked)
-        self._adapters, self._baked = {}, baked
+        self._executor.use(selection)
+        self._selection = selection
+        self._entries = {
+            entry.block: _with_mask(entry, self.manifest.high_precision)
+            if selection.masked
+            else entry
+            for entry in self.manifest.blocks
+        }
+        self._calls = {}
 
     def run(self, block: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Run one block.
@@ -246,7 +227,8 @@ class Engine:
 
         Args:
             block: Such as "double_blocks.0".
-            inputs: Every input of the block's signature; floating types are converted.
+            inputs: Every input of the block's signature, and ``mask [B, 1, S, S]`` if the selection
+                is masked; floating types are converted.
 
         Returns:
             The outputs by name, in the type of the first input (img or x) and on its device.
@@ -280,3 +262,8 @@ class Engine:
         if entry is None:
             raise BlockInputError(block, f"the engine has {len(self._entries)} other blocks")
         return entry
+
+
+def _with_mask(entry: PlanEntry, dtype: str) -> PlanEntry:
+    mask = TensorSpec(MASK, dtype, MASK_SHAPE)
+    return entry.model_copy(update={"inputs": (*entry.inputs, mask)})

@@ -239,25 +239,14 @@ class AdapterError(EngineError):
         super().__init__(f"The adapter for '{block}.{linear}' cannot be used: {problem}.")
 
 
-class LoraPlanMissingError(EngineError):
-    """Blocks whose variant for LoRA has no plan, or none that belongs to this engine."""
+class VariantPlanMissingError(EngineError):
+    """Forms of blocks that have no plan, or none that belongs to this engine."""
 
-    def __init__(self, blocks: Sequence[str]) -> None:
-        self.blocks = tuple(blocks)
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = tuple(names)
         super().__init__(
-            f"{len(self.blocks)} blocks have no plan that takes a LoRA (first: "
-            f"'{self.blocks[0]}'). Queue the workflow again to build them."
-        )
-
-
-class BakedPlanMissingError(EngineError):
-    """Changed blocks that have no plan, or none that belongs to this engine."""
-
-    def __init__(self, blocks: Sequence[str]) -> None:
-        self.blocks = tuple(blocks)
-        super().__init__(
-            f"{len(self.blocks)} blocks with a baked LoRA have no plan for this engine (first: "
-            f"'{self.blocks[0]}'). Queue the workflow again to build them."
+            f"{len(self.names)} plans for LoRA or attention masks are missing (first: "
+            f"'{self.names[0]}'). Queue the workflow again to build them."
         )
 
 

@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .adapters import Adapters, FactorStore, factor_inputs
+from .adapters import FactorStore, factor_inputs
 from .backend import Backend, RuntimeLog, runtime_log
-from .baked_plans import BakedBlocks, baked_plans
 from .cuda_access import CudaAccess
 from .driver import driver_version
 from .errors import (
-    BakedPlanMissingError,
     EngineNotLoadedError,
     ExecutionError,
-    LoraPlanMissingError,
     PlanValidityError,
+    VariantPlanMissingError,
 )
-from .lora_plans import lora_plans
 from .manifest import EngineManifest, PlanEntry, check_plan
 from .plan_context import TORCH_DTYPES, PlanContext, ScratchMemory, Shapes
 from .plan_pool import PlanPool, bytes_within
 from .runtime_cache import RuntimeCache, cache_name
+from .selection import Selection
 from .self_test import Machine
+from .variant_plans import SelectedPlan, selected_plans
 
 TRT_DTYPES = {"bf16": "BF16", "fp16": "HALF", "fp32": "FLOAT"}
 
@@ -56,8 +55,7 @@ class TensorRTExecutor:
         self._limit: int | None = None
         self._checked: dict[str, mmap.mmap] = {}
         self._seen: dict[str, set[Shapes]] = {}
-        self._variants: dict[str, PlanEntry] = {}
-        self._variants_dir = engine_dir
+        self._selected = selected_plans(engine_dir, manifest, Selection())
         self._factors = FactorStore()
         self._scratch: ScratchMemory | None = None
         self._cache: RuntimeCache | None = None
@@ -72,17 +70,18 @@ class TensorRTExecutor:
     @property
     def weight_bytes(self) -> int:
         """GPU memory of weights and factors: a plan is its weights and a few hundred kilobytes."""
-        return sum(entry.bytes for _, entry in self._plans()) + self._factors.bytes
+        return sum(plan.entry.bytes for plan in self._selected.values()) + self._factors.bytes
 
     def bytes_within(self, limit: int | None) -> int:
         """Return the GPU memory that weights and factors take under a limit."""
-        sizes = {block: entry.bytes for block, entry in self._plans()}
+        sizes = {block: plan.entry.bytes for block, plan in self._selected.items()}
         return bytes_within(sizes, self._for_plans(limit)) + self._factors.bytes
 
     @property
     def activation_bytes(self) -> int:
         """Scratch memory of the largest block at the profile's maximum."""
-        return max((entry.activation_bytes for _, entry in self._plans()), default=0)
+        plans = self._selected.values()
+        return max((plan.entry.activation_bytes for plan in plans), default=0)
 
     @property
     def scratch_bytes(self) -> int:
@@ -137,58 +136,34 @@ class TensorRTExecutor:
         """What loaded plans run on."""
         return self._machine() if self.loaded else None
 
-    def missing_lora_plans(self, blocks: Sequence[str]) -> list[str]:
-        """Return the blocks whose variant must be built before they can take adapters."""
-        plans = lora_plans(self._engine_dir, self._manifest)
-        return [block for block in blocks if block not in plans]
+    def misses(self, selection: Selection) -> list[str]:
+        """Return the names of the forms that must be built before `use`."""
+        found = selected_plans(self._engine_dir, self._manifest, selection)
+        return self._missing(selection, found)
 
-    def use(self, adapters: Adapters) -> None:
-        """Run these adapters, and neither others nor baked blocks, from the next run on.
-
-        Blocks with an adapter run their variant's plan, all others their own. What is loaded and
-        does not change stays loaded.
+    def use(self, selection: Selection) -> None:
+        """Run what is selected from the next run on; what does not change stays loaded.
 
         Raises:
-            LoraPlanMissingError: A variant was not built; nothing has changed.
+            VariantPlanMissingError: A form was not built; nothing has changed.
             AdapterError: Factors do not fit; nothing has changed.
-            EngineError: A variant could not be loaded; nothing stays loaded then.
-        """
-        plans = lora_plans(self._engine_dir, self._manifest) if adapters else {}
-        missing = [block for block in adapters if block not in plans]
-        if missing:
-            raise LoraPlanMissingError(missing)
-        inputs = {
-            block: factor_inputs(block, plans[block].inputs, linears)
-            for block, linears in adapters.items()
-        }
-        self._factors.replace(inputs, TORCH_DTYPES[self._manifest.high_precision])
-        self._run_instead({block: plans[block] for block in adapters}, self._engine_dir)
-
-    def missing_baked_plans(self, baked: BakedBlocks) -> list[str]:
-        """Return the changed blocks that must be built before `use_baked`."""
-        plans = baked_plans(self._engine_dir, self._manifest, baked)
-        return [block for block in baked.blocks if block not in plans]
-
-    def use_baked(self, baked: BakedBlocks) -> None:
-        """Run changed blocks, and neither others nor adapters, from the next run on.
-
-        What is loaded and does not change stays loaded.
-
-        Raises:
-            BakedPlanMissingError: A block was not built for this engine; nothing has changed.
             EngineError: A plan could not be loaded; nothing stays loaded then.
         """
-        plans = baked_plans(self._engine_dir, self._manifest, baked)
-        missing = [block for block in baked.blocks if block not in plans]
+        found = selected_plans(self._engine_dir, self._manifest, selection)
+        missing = self._missing(selection, found)
         if missing:
-            raise BakedPlanMissingError(missing)
-        self._factors.replace({}, TORCH_DTYPES[self._manifest.high_precision])
-        self._run_instead(plans, baked.plan_dir(self._engine_dir))
-
-    def _run_instead(self, variants: dict[str, PlanEntry], folder: Path) -> None:
-        """Run the plans in `folder` for these blocks, and the engine's own for all others."""
-        self._variants, self._variants_dir = variants, folder
+            raise VariantPlanMissingError(missing)
+        inputs = {
+            block: factor_inputs(block, found[block].entry.inputs, linears)
+            for block, linears in selection.adapters.items()
+        }
+        self._factors.replace(inputs, TORCH_DTYPES[self._manifest.high_precision])
+        self._selected = found
         self._settle_if_loaded()
+
+    def _missing(self, selection: Selection, found: Mapping[str, SelectedPlan]) -> list[str]:
+        blocks = self._manifest.expected_blocks
+        return [selection.name_of(block) for block in blocks if block not in found]
 
     def run(self, block: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Enqueue one block; the results are valid on torch's current stream.
@@ -211,11 +186,6 @@ class TensorRTExecutor:
         with self._cuda.ordered_stream(self._device) as stream:
             loaded.execute(stream)
         return outputs
-
-    def _plans(self) -> Iterator[tuple[str, PlanEntry]]:
-        """Yield each block with the plan it shall run."""
-        for entry in self._manifest.blocks:
-            yield entry.block, self._variants.get(entry.block, entry)
 
     def _start(self) -> None:
         self._log.take_errors()
@@ -242,7 +212,8 @@ class TensorRTExecutor:
 
     def _settle(self) -> None:
         """Have on the GPU what shall be there, and nothing else."""
-        self._pool.set_plans(self._plans(), self._for_plans(self._limit))
+        entries = {block: plan.entry for block, plan in self._selected.items()}
+        self._pool.set_plans(entries, self._for_plans(self._limit))
         loaded = self._pool.settle()
         # an open file cannot be replaced on Windows; plans that take turns are mapped again
         self._checked.clear()
@@ -281,9 +252,8 @@ class TensorRTExecutor:
     def _plan(self, entry: PlanEntry) -> mmap.mmap:
         """Map a plan; its digest is computed the first time only, a step must not wait for it."""
         if entry.key not in self._checked:
-            is_variant = entry in self._variants.values()
-            folder = self._variants_dir if is_variant else self._engine_dir
-            self._checked[entry.key] = check_plan(folder, entry)
+            folders = {plan.entry.key: plan.folder for plan in self._selected.values()}
+            self._checked[entry.key] = check_plan(folders[entry.key], entry)
         return self._checked[entry.key]
 
     def _machine(self) -> Machine:

@@ -32,8 +32,8 @@ MANIFEST = "manifest.json"
 UNFINISHED = "build.json"
 """A manifest of the blocks that an unfinished build has stored; same format."""
 
-LORA = "lora.json"
-"""A manifest of the variants for LoRA that were needed so far; same format."""
+VARIANTS = "variants.json"
+"""A manifest of the variants that were needed so far; same format."""
 
 BAKED = "baked.json"
 """A manifest of changed blocks that stand for an engine's own; same format."""

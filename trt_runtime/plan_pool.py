@@ -7,7 +7,7 @@ that is reserved for one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from .manifest import PlanEntry
 from .plan_context import PlanContext
@@ -30,7 +30,7 @@ class PlanPool:
         self._staying: frozenset[str] = frozenset()
         self._guest: str | None = None
 
-    def set_plans(self, entries: Iterable[tuple[str, PlanEntry]], limit: int | None) -> None:
+    def set_plans(self, entries: Mapping[str, PlanEntry], limit: int | None) -> None:
         """Decide what stays; nothing is loaded or freed yet.
 
         Args:

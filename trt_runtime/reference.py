@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from .adapters import Adapters, FactorStore, factor_inputs
-from .baked_plans import BakedBlocks, baked_signatures
-from .contract import lora_variant
-from .errors import BlocksMissingError, BlocksMixedError, EngineNotLoadedError
+from .adapters import FactorStore, factor_inputs
+from .errors import EngineNotLoadedError
 from .reference_graph import reference_model
-from .signature import BlockSignature, read_block_folder, read_signature
+from .selection import Selection
+from .signature import BlockSignature, read_block_folder
+from .variant_plans import form_signature
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -41,7 +41,7 @@ class ReferenceExecutor:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._signatures = {s.block: s for s in read_block_folder(folder)}
-        self._variants: dict[str, BlockSignature] = {}
+        self._used = dict(self._signatures)
         self._factors = FactorStore()
         self._sessions: dict[str, Session] = {}
 
@@ -53,7 +53,7 @@ class ReferenceExecutor:
     @property
     def weight_bytes(self) -> int:
         """Main memory that weights and factors take."""
-        packed = sum(entry.length for used in self._used() for entry in used.ranges)
+        packed = sum(entry.length for used in self._used.values() for entry in used.ranges)
         return BYTES_PER_PACKED_BYTE * packed + self._factors.bytes
 
     def bytes_within(self, limit: int | None) -> int:
@@ -87,45 +87,26 @@ class ReferenceExecutor:
         """No machine to test: this is what tests compare with."""
         return None
 
-    def missing_lora_plans(self, blocks: Sequence[str]) -> list[str]:
-        """Return nothing: what runs is the exported variant itself."""
-        del blocks
+    def misses(self, selection: Selection) -> list[str]:
+        """Return nothing: what runs are the exported forms themselves."""
+        del selection
         return []
 
-    def use(self, adapters: Adapters) -> None:
-        """Run these adapters, and neither others nor baked blocks, from the next run on.
+    def use(self, selection: Selection) -> None:
+        """Run what is selected from the next run on; what does not change stays loaded.
 
         Raises:
-            BlocksMissingError: The checkpoint was exported without variants; nothing has changed.
+            BlocksMissingError: A form was not exported; nothing has changed.
+            EngineStaleError: A form is of another checkpoint; nothing has changed.
             AdapterError: Factors do not fit; nothing has changed.
         """
-        variants = {block: self._variant(block) for block in adapters}
+        used = {block: self._form(block, selection) for block in self._signatures}
         inputs = {
-            block: factor_inputs(block, variants[block].inputs, linears)
-            for block, linears in adapters.items()
+            block: factor_inputs(block, used[block].inputs, linears)
+            for block, linears in selection.adapters.items()
         }
         self._factors.replace(inputs, torch.float32)
-        self._run_instead(variants)
-
-    def missing_baked_plans(self, baked: BakedBlocks) -> list[str]:
-        """Return nothing: what runs is the ONNX file itself."""
-        del baked
-        return []
-
-    def use_baked(self, baked: BakedBlocks) -> None:
-        """Run changed blocks, and neither others nor adapters, from the next run on.
-
-        Raises:
-            BlocksMissingError: A block has no ONNX file; nothing has changed.
-            EngineStaleError: A block was changed from another checkpoint; nothing has changed.
-        """
-        own = next(iter(self._signatures.values()))
-        changed = {s.block: s for s in baked_signatures(baked, own.checkpoint_digest)}
-        self._factors.replace({}, torch.float32)
-        self._run_instead(changed)
-
-    def _run_instead(self, variants: dict[str, BlockSignature]) -> None:
-        self._variants = variants
+        self._used = used
         if self._sessions:
             self._create_sessions()
 
@@ -146,13 +127,9 @@ class ReferenceExecutor:
             for name, result in zip(names, results, strict=True)
         }
 
-    def _used(self) -> Iterator[BlockSignature]:
-        for block, signature in self._signatures.items():
-            yield self._variants.get(block, signature)
-
     def _create_sessions(self) -> None:
         """Load what shall run and is not loaded."""
-        for block, signature in zip(self._signatures, self._used(), strict=True):
+        for block, signature in self._used.items():
             path, _ = self._sessions.get(block, (None, None))
             if path != signature.path:
                 # the old one goes first
@@ -160,14 +137,13 @@ class ReferenceExecutor:
                 self._sessions[block] = (signature.path, session_from_onnx(signature.path))
         self._factors.place(torch.device("cpu"))
 
-    def _variant(self, block: str) -> BlockSignature:
-        path = self._folder / f"{lora_variant(block)}.onnx"
-        if not path.is_file():
-            raise BlocksMissingError(self._folder, [lora_variant(block)])
-        variant = read_signature(path)
-        if variant.checkpoint_digest != self._signatures[block].checkpoint_digest:
-            raise BlocksMixedError(self._folder, f"'{path.name}' is of other weights")
-        return variant
+    def _form(self, block: str, selection: Selection) -> BlockSignature:
+        name, folder = selection.name_of(block), self._folder
+        if selection.baked is not None and selection.is_baked(block):
+            folder = selection.baked.folder
+        elif name == block:
+            return self._signatures[block]
+        return form_signature(folder, name, self._signatures[block].checkpoint_digest)
 
 
 def session_from_onnx(path: Path) -> onnxruntime.InferenceSession:

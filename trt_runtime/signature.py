@@ -13,13 +13,13 @@ from .contract import (
     BLOCK_NAME,
     CONTRACT,
     HIGH_PRECISION,
-    LORA_SUFFIX,
     OUTPUTS,
     TensorSpec,
     block_names,
     has_factor_shape,
     input_names,
     is_axis,
+    is_plain,
 )
 from .errors import BlockContractError, BlocksMissingError, BlocksMixedError
 from .external_data import ByteRange, weight_ranges
@@ -39,7 +39,7 @@ class BlockSignature:
 
     path: Path
     block: str
-    """Such as "double_blocks.0", or "double_blocks.0.lora" for its variant; the file's stem."""
+    """Such as "double_blocks.0", or "double_blocks.0.lora" for a variant; the file's stem."""
     kind: str
     """"double" or "single"."""
     hidden_size: int
@@ -116,7 +116,7 @@ def read_block_folder(folder: Path) -> tuple[BlockSignature, ...]:
     """
     signatures = {}
     for path in sorted(folder.glob("*.onnx")):
-        if BLOCK_NAME.fullmatch(path.stem) and not path.stem.endswith(LORA_SUFFIX):
+        if BLOCK_NAME.fullmatch(path.stem) and is_plain(path.stem):
             signatures[path.stem] = read_signature(path)
     if not signatures:
         raise BlocksMissingError(folder, block_names(1, 0))

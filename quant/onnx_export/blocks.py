@@ -11,32 +11,41 @@ from ..emulation import SOFTMAX_SCALE
 from ..flux.config import FluxConfig
 from ..flux.layers import LAYER_NORM_EPS, RMS_NORM_EPS
 from ..quantized_checkpoint import QuantizedCheckpoint
-from .contract import DOUBLE_MODULATION, SINGLE_MODULATION, block_kind, contract_metadata
+from .contract import (
+    DOUBLE_MODULATION,
+    MASK,
+    PLAIN,
+    SINGLE_MODULATION,
+    Variant,
+    block_kind,
+    contract_metadata,
+)
 from .graph import BlockGraph
 from .linears import linear
 
 _TO_END = 2**62
 
 
-def block_model(checkpoint: QuantizedCheckpoint, block: str, lora: bool = False) -> ir.Model:
+def block_model(checkpoint: QuantizedCheckpoint, block: str, variant: Variant = PLAIN) -> ir.Model:
     """Author the ONNX model of one block.
 
     Inputs and outputs: ``img [B, N, D]`` and ``txt [B, T, D]`` to ``img_out``, ``txt_out``
     (double), or ``x [B, S, D]`` to ``x_out`` (single); ``cos`` and ``sin``, fp32
     ``[B, S, head_dim / 2]``; modulation vectors ``[B, 1, D]`` under the names of ``contract.py``.
-    The LoRA variant also has ``<linear>.lora_down [K, R]`` and ``<linear>.lora_up [R, N]``.
+    LoRA variants also have ``<linear>.lora_down [K, R]`` and ``<linear>.lora_up [R, N]``, masked
+    ones ``mask [B, 1, S, S]``.
 
     Args:
         checkpoint: Header of the quantized checkpoint.
         block: For example ``single_blocks.3``.
-        lora: Whether to author the variant whose Linears take low-rank factors.
+        variant: What the graph takes besides.
 
     Returns:
         The model. Its weights are external: byte ranges of the checkpoint, by its file name.
     """
-    author = _Author(BlockGraph(checkpoint, block, lora), checkpoint.metadata.config)
+    author = _Author(BlockGraph(checkpoint, block, variant), checkpoint.metadata.config)
     outputs = author.double() if block_kind(block) == "double" else author.single()
-    return author.graph.model(outputs, contract_metadata(checkpoint, block, lora))
+    return author.graph.model(outputs, contract_metadata(checkpoint, block, variant))
 
 
 def modulate(graph: BlockGraph, x: ir.Value, shift: ir.Value, scale: ir.Value) -> ir.Value:
@@ -141,6 +150,10 @@ class _Author:
         v = self._quantized(v, "v")
         transposed = op("Transpose", k, perm=[0, 1, 3, 2])
         scores = op("MatMul", q, transposed, name="attention/QK")
+        if self.graph.variant.mask:
+            # TensorRT-RTX 1.7 takes it into the same fused kernel
+            mask = self.graph.input(MASK, ("B", 1, "S", "S"), self.graph.high_precision)
+            scores = op("Add", scores, mask, name="attention/Mask")
         softmax = self._quantized(op("Softmax", scores, axis=-1, name="attention/Softmax"), None)
         attended = op("MatMul", softmax, v, name="attention/PV")
         attended = op("Transpose", attended, perm=[0, 2, 1, 3])

@@ -6,6 +6,7 @@ The runtime reads this contract from the file alone; the two packages share no c
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 
 from ..flux.config import block_linears
 from ..quantized_checkpoint import QuantizedCheckpoint
@@ -23,8 +24,28 @@ DOUBLE_MODULATION = tuple(
 SINGLE_MODULATION = ("mod_shift", "mod_scale", "mod_gate")
 
 
-LORA_SUFFIX = ".lora"
-"""Behind the name of a block whose Linears take low-rank factors as inputs."""
+MASK = "mask"
+"""Input ``[B, 1, S, S]`` of masked variants: what is added to the attention scores."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a block's graph takes besides the inputs that every block has.
+
+    Attributes:
+        lora: Low-rank factors of every Linear.
+        mask: An attention mask.
+    """
+
+    lora: bool = False
+    mask: bool = False
+
+    def name_of(self, block: str) -> str:
+        """Return the name of a block's variant."""
+        return block + ".lora" * self.lora + ".mask" * self.mask
+
+
+PLAIN = Variant()
 
 
 def lora_down(linear: str) -> str:
@@ -48,9 +69,9 @@ def block_kind(block: str) -> str:
 
 
 def contract_metadata(
-    checkpoint: QuantizedCheckpoint, block: str, lora: bool = False
+    checkpoint: QuantizedCheckpoint, block: str, variant: Variant = PLAIN
 ) -> dict[str, str]:
-    """Return the ``metadata_props`` of a block's ONNX file or of its LoRA variant's."""
+    """Return the ``metadata_props`` of the ONNX file of a block or of one of its variants."""
     metadata = checkpoint.metadata
     config = metadata.config
     formats = {
@@ -66,7 +87,7 @@ def contract_metadata(
     return {
         **changed,
         "flux_fp4.contract": str(CONTRACT_VERSION),
-        "flux_fp4.block": block + LORA_SUFFIX if lora else block,
+        "flux_fp4.block": variant.name_of(block),
         "flux_fp4.kind": block_kind(block),
         "flux_fp4.hidden_size": str(config.hidden_size),
         "flux_fp4.num_heads": str(config.num_heads),

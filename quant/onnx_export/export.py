@@ -19,15 +19,16 @@ from ..errors import OnnxExportMissingError
 from ..progress import Progress
 from ..quantized_checkpoint import QuantizedCheckpoint
 from .blocks import block_model
-from .contract import LORA_SUFFIX, contract_metadata
+from .contract import PLAIN, Variant, contract_metadata
 
 logger = logging.getLogger(__name__)
 
 
 def export_blocks(checkpoint: Path, progress: Progress) -> tuple[Path, ...]:
-    """Export every block of a quantized checkpoint, and its variant for LoRA beside it.
+    """Export every block of a quantized checkpoint, and its variants beside it.
 
-    Changed blocks have a LoRA in their weights already, and get no variant.
+    Variants take LoRA factors, an attention mask, or both. Changed blocks have a LoRA in their
+    weights already, and get no variant for that.
 
     Each file is checked with ``onnx.checker`` (full check) under a temporary name before it takes
     its own, so an interrupted export leaves whole files only.
@@ -48,8 +49,9 @@ def export_blocks(checkpoint: Path, progress: Progress) -> tuple[Path, ...]:
     paths = []
     for done, block in enumerate(blocks):
         progress(f"Exporting {block}", done, len(blocks))
-        for lora in _variants(header):
-            write_checked(block_model(header, block, lora), onnx_path(checkpoint, block, lora))
+        for variant in _variants(header):
+            path = onnx_path(checkpoint, block, variant)
+            write_checked(block_model(header, block, variant), path)
         paths.append(onnx_path(checkpoint, block))
     progress("Exported", len(blocks), len(blocks))
     seconds = time.monotonic() - started
@@ -66,25 +68,26 @@ def exported_blocks(checkpoint: Path) -> tuple[Path, ...]:
     header = QuantizedCheckpoint.read(checkpoint)
     paths = []
     for block in header.metadata.block_names:
-        for lora in _variants(header):
-            path = onnx_path(checkpoint, block, lora)
+        for variant in _variants(header):
+            path = onnx_path(checkpoint, block, variant)
             if not path.is_file():
                 raise OnnxExportMissingError(header.name, f"'{path.name}' is missing")
             model = onnx.load(path, load_external_data=False)
             found = {entry.key: entry.value for entry in model.metadata_props}
-            if found != contract_metadata(header, block, lora):
+            if found != contract_metadata(header, block, variant):
                 raise OnnxExportMissingError(header.name, f"'{path.name}' is of another checkpoint")
         paths.append(onnx_path(checkpoint, block))
     return tuple(paths)
 
 
-def _variants(header: QuantizedCheckpoint) -> tuple[bool, ...]:
-    return (False, True) if header.metadata.base_digest is None else (False,)
+def _variants(header: QuantizedCheckpoint) -> tuple[Variant, ...]:
+    loras = (False, True) if header.metadata.base_digest is None else (False,)
+    return tuple(Variant(lora, mask) for lora in loras for mask in (False, True))
 
 
-def onnx_path(checkpoint: Path, block: str, lora: bool = False) -> Path:
-    """Return where the ONNX file of a block or of its LoRA variant lies."""
-    return checkpoint.with_name(f"{block}{LORA_SUFFIX if lora else ''}.onnx")
+def onnx_path(checkpoint: Path, block: str, variant: Variant = PLAIN) -> Path:
+    """Return where the ONNX file of a block or of one of its variants lies."""
+    return checkpoint.with_name(f"{variant.name_of(block)}.onnx")
 
 
 def write_checked(model: ir.Model, path: Path) -> None:

@@ -12,6 +12,7 @@ from ..emulation import attention_root_scale
 from ..quantized_checkpoint import QuantizedCheckpoint
 from ..recipe import Format
 from ..safetensors_header import StoredTensor
+from .contract import PLAIN, Variant
 
 OPSET = 23
 """First opset with FLOAT4E2M1 blocks in DequantizeLinear, RMSNormalization, RotaryEmbedding."""
@@ -41,21 +42,21 @@ class BlockGraph:
     Attributes:
         high_precision: ONNX type of everything that is not quantized.
         hidden_size: Width of a token.
-        lora: Whether every Linear takes low-rank factors as inputs.
+        variant: What it takes besides the inputs that every block has.
     """
 
     def __init__(
-        self, checkpoint: QuantizedCheckpoint, block: str | None, lora: bool = False
+        self, checkpoint: QuantizedCheckpoint, block: str | None, variant: Variant = PLAIN
     ) -> None:
         """Begin an empty graph.
 
         Args:
             checkpoint: Header of the quantized checkpoint.
             block: Tensors are named relative to it; None: by their full names.
-            lora: Whether low-rank factors come in as graph inputs.
+            variant: What the graph takes besides.
         """
         self._checkpoint = checkpoint
-        self.lora = lora
+        self.variant = variant
         self._name = block or "transformer"
         self._prefix = f"{block}." if block else ""
         self.hidden_size = checkpoint.metadata.config.hidden_size

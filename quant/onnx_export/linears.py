@@ -35,7 +35,7 @@ def linear(graph: BlockGraph, name: str, x: ir.Value, shape: tuple[int | str, ..
         y = fp8_linear(graph, name, x)
     else:
         y = graph.op("MatMul", x, _transposed(graph, f"{name}.weight"), name=f"{name}/MatMul")
-    if graph.lora and kind != "nvfp4":
+    if graph.variant.lora and kind != "nvfp4":
         y = graph.op("Add", y, _input_branch(graph, name, x), name=f"{name}/Branch")
     if graph.has(f"{name}.bias"):
         y = graph.op("Add", y, graph.stored(f"{name}.bias"), name=f"{name}/Bias")
@@ -68,7 +68,7 @@ def nvfp4_linear(
     )
     rounded = _nvfp4_input(graph, linear, x, int(shape[-1]))
     y = graph.op("MatMul", rounded, weight, name=f"{linear}/MatMul")
-    if graph.lora:
+    if graph.variant.lora:
         # the factors hold SVDQuant's branch as well: one pair of GEMMs serves both
         y = graph.op("Add", y, _input_branch(graph, linear, x), name=f"{linear}/Branch")
     elif graph.has(f"{linear}.svd_down"):

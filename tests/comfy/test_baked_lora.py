@@ -17,10 +17,11 @@ from flux_fp4.quant.quantized_checkpoint import QuantizedCheckpoint
 from flux_fp4.quant.sources.source import open_source
 from flux_fp4.quant.sqnr import sqnr_db
 from flux_fp4.quant.weight_factors import stored_weight
-from flux_fp4.trt_runtime.baked_plans import BakedBlocks, baked_plans
 from flux_fp4.trt_runtime.builder import build_engine
 from flux_fp4.trt_runtime.manifest import load_manifest
+from flux_fp4.trt_runtime.selection import BakedBlocks, Selection
 from flux_fp4.trt_runtime.spec import BuildSpec, ShapeProfile
+from flux_fp4.trt_runtime.variant_plans import selected_plans
 from quantize_tiny import quantize, with_recipe
 from safetensors.torch import load_file, save_file
 from small_model_files import DATA, DIFFUSION_MODEL
@@ -33,7 +34,7 @@ import comfy.model_management as mm  # noqa: E402
 import comfy.sd  # noqa: E402
 import folder_paths  # noqa: E402
 from engine_sampling import lora_of, sample, stock_flux  # noqa: E402
-from flux_fp4.nodes import baking, paths, stages  # noqa: E402
+from flux_fp4.nodes import baking, built_plans, paths, stages  # noqa: E402
 from flux_fp4.nodes.engine_model import Placement  # noqa: E402
 from flux_fp4.nodes.errors import BakeError, WeightChangeError  # noqa: E402
 
@@ -111,6 +112,7 @@ class Progress:
 def progress(monkeypatch: pytest.MonkeyPatch) -> Progress:
     progress = Progress()
     monkeypatch.setattr(baking, "progress_of_running_node", lambda: progress)
+    monkeypatch.setattr(built_plans, "progress_of_running_node", lambda: progress)
     return progress
 
 
@@ -255,16 +257,17 @@ def test_plans_are_built_for_tensorrt(
     folder = engine_dir(models)
     model = baked_model(models)
 
-    def missing(baked: BakedBlocks) -> list[str]:
-        plans = baked_plans(folder, load_manifest(folder), baked)
-        return [block for block in baked.blocks if block not in plans]
+    def missing(selection: Selection) -> list[str]:
+        manifest = load_manifest(folder)
+        plans = selected_plans(folder, manifest, selection)
+        return [block for block in manifest.expected_blocks if block not in plans]
 
     # the reference needs no plans: answer as the executor of a GPU does
-    monkeypatch.setattr(model.model.engine, "missing_baked_plans", missing)
+    monkeypatch.setattr(model.model.engine, "misses", missing)
     sample(with_lora(model, lora(SINGLE)))
     assert "Built single_blocks.0" in progress.phases
     (bake,) = bakes(models)
-    assert missing(BakedBlocks(bake, ("single_blocks.0",))) == []
+    assert missing(Selection(baked=BakedBlocks(bake, ("single_blocks.0",)))) == []
     assert len(list((bake / folder.name).glob("*.plan"))) == 1
 
 

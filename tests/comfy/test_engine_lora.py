@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from comfy_in_process import import_comfyui
+from flux_fp4.trt_runtime.selection import Selection
 from torch import Tensor
 
 import_comfyui()
@@ -71,7 +72,7 @@ def test_lora_changes_what_it_changes_on_stock(
 
 def test_only_touched_blocks_take_factors(engine: EnginePatcher) -> None:
     sample(with_lora(engine, small(lora_of(*DOUBLE, *OUTSIDE))))
-    adapters = engine.model.engine.adapters
+    adapters = engine.model.engine.selection.adapters
     assert {block: set(linears) for block, linears in adapters.items()} == {
         "double_blocks.1": {"img_attn.qkv", "txt_mlp.2"}
     }
@@ -85,7 +86,9 @@ def test_two_loras_and_one_twice(stock: Any, engine: EnginePatcher) -> None:
 
     expected = sample(twice(stock))
     assert difference(sample(twice(engine)), expected) < TOLERANCE
-    assert engine.model.engine.adapters["double_blocks.1"]["img_attn.qkv"].rank == 2 + 5 + 2
+    assert (
+        engine.model.engine.selection.adapters["double_blocks.1"]["img_attn.qkv"].rank == 2 + 5 + 2
+    )
     assert difference(sample(with_lora(stock, first, 0.7)), expected) > 1e-2
 
 
@@ -97,7 +100,7 @@ def test_base_comes_back_bit_for_bit(engine: EnginePatcher) -> None:
     assert torch.equal(sample(engine), before)
     assert torch.equal(sample(patched), changed)
     assert torch.equal(sample(with_lora(engine, small(lora_of(*DOUBLE)), 0.0)), before)
-    assert engine.model.engine.adapters == {}
+    assert engine.model.engine.selection.adapters == {}
 
 
 def test_lora_survives_unloading(engine: EnginePatcher) -> None:
@@ -123,7 +126,7 @@ def test_slice_of_a_fused_weight(stock: Any, engine: EnginePatcher) -> None:
     expected = sample(with_lora(stock, lora))
     assert difference(sample(with_lora(engine, lora)), expected) < TOLERANCE
     assert difference(sample(stock), expected) > 1e-3
-    factors = engine.model.engine.adapters["double_blocks.1"]["img_attn.qkv"]
+    factors = engine.model.engine.selection.adapters["double_blocks.1"]["img_attn.qkv"]
     width = factors.up.shape[1] // 3
     assert factors.up[:, :width].any()
     assert not factors.up[:, width:].any()
@@ -203,7 +206,7 @@ def test_plain_loras_stay_exact_beside_others(stock: Any, engine: EnginePatcher)
     expected = sample(both(stock))
     assert difference(sample(both(engine)), expected) < FACTORIZED
     # LoHa with rank r has rank r * r
-    assert engine.model.engine.adapters["single_blocks.0"]["linear1"].rank == 6 + 9
+    assert engine.model.engine.selection.adapters["single_blocks.0"]["linear1"].rank == 6 + 9
 
 
 def test_too_high_a_rank_says_so(engine: EnginePatcher) -> None:
@@ -269,15 +272,15 @@ def test_missing_plans_are_built_before_anything_is_loaded(
         def show(self, text: str) -> None:
             progress.append(text)
 
-    def build(folder: Any, blocks: list[str], _progress: Any) -> None:
+    def build(folder: Any, selection: Selection, _progress: Any) -> None:
         assert not plans.loaded
-        built.append(blocks)
+        built.append(list(selection.adapters))
 
-    monkeypatch.setattr(plans, "missing_lora_plans", lambda blocks: blocks[:1])
-    monkeypatch.setattr("flux_fp4.nodes.engine_patcher.build_lora_plans", build)
-    monkeypatch.setattr("flux_fp4.nodes.engine_patcher.progress_of_running_node", Progress)
+    monkeypatch.setattr(plans, "misses", lambda selection: list(selection.adapters))
+    monkeypatch.setattr("flux_fp4.trt_runtime.variant_plans.build_selected", build)
+    monkeypatch.setattr("flux_fp4.nodes.built_plans.progress_of_running_node", Progress)
     sample(with_lora(engine, small(lora_of(*DOUBLE, *SINGLE))))
-    assert built == [["double_blocks.1"]]
+    assert built == [["double_blocks.1", "single_blocks.0"]]
     assert progress == [""]  # nothing stays on the sampler
 
 
@@ -290,9 +293,9 @@ def test_cancelled_build_leaves_the_model_usable(
     def cancel(*_arguments: Any) -> None:
         raise mm.InterruptProcessingException
 
-    monkeypatch.setattr(engine.model.engine, "missing_lora_plans", list)
-    monkeypatch.setattr("flux_fp4.nodes.engine_patcher.build_lora_plans", cancel)
-    monkeypatch.setattr("flux_fp4.nodes.engine_patcher.progress_of_running_node", object)
+    monkeypatch.setattr(engine.model.engine, "misses", lambda selection: ["a plan"])
+    monkeypatch.setattr("flux_fp4.trt_runtime.variant_plans.build_selected", cancel)
+    monkeypatch.setattr("flux_fp4.nodes.built_plans.progress_of_running_node", object)
     with pytest.raises(mm.InterruptProcessingException):
         sample(patched)
     monkeypatch.undo()

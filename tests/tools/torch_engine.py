@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from flux_fp4.quant.flux.config import block_linears
 from flux_fp4.quant.modulation import is_modulation_weight, stored_modulation
 from flux_fp4.quant.quantized_checkpoint import is_in_plan
 from flux_fp4.quant.recipe import Format
-from flux_fp4.trt_runtime.adapters import LowRank
+from flux_fp4.trt_runtime.selection import Selection
 from torch import Tensor
 
 DEFAULT = Placement()
@@ -34,7 +34,7 @@ class TorchEngine:
         self.device: torch.device | None = None
         self.loads = self.unloads = self.runs = 0
         self.limit_bytes: int | None = None
-        self.adapters: Mapping[str, Mapping[str, LowRank]] = {}
+        self.selection = Selection()
         self.originals: dict[tuple[str, str], Tensor] = {}
         for block in blocks.values():
             # ComfyUI's own switch for models whose modulation is computed elsewhere (FLUX.2)
@@ -68,34 +68,36 @@ class TorchEngine:
     def activation_bytes(self, batch: int, img_tokens: int, txt_tokens: int) -> int:
         return 1000 * batch * (img_tokens + txt_tokens)
 
-    def missing_lora_plans(self, blocks: Sequence[str]) -> list[str]:
+    def misses(self, selection: Selection) -> list[str]:
         return []
 
-    def use_adapters(self, adapters: Mapping[str, Mapping[str, LowRank]]) -> None:
+    def use(self, selection: Selection) -> None:
         """Add factors to the stock weights, from copies made before the first time."""
-        self.adapters = adapters
+        self.selection = selection
         for block, module in self.blocks.items():
             for linear in block_linears(block):
                 weight = module.get_submodule(linear).weight
                 base = self.originals.setdefault((block, linear), weight.detach().clone())
-                factors = adapters.get(block, {}).get(linear)
+                factors = selection.adapters.get(block, {}).get(linear)
                 change = 0 if factors is None else (factors.down @ factors.up).mT
                 weight.data.copy_(base + change)
 
     def run(self, block: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         assert self.loaded, f"{block} ran before load()"
         self.runs += 1
-        cos, sin = inputs["cos"], inputs["sin"]
+        assert ("mask" in inputs) == self.selection.masked, f"{block} has no such input"
+        cos, sin, mask = inputs["cos"], inputs["sin"], inputs.get("mask")
         pe = torch.stack((cos, -sin, sin, cos), dim=-1).unflatten(-1, (2, 2))[:, None]
         module = self.blocks[block]
         if isinstance(module, SingleStreamBlock):
-            x = module(inputs["x"].clone(), vec=_modulation(inputs, "mod"), pe=pe)
+            x = module(inputs["x"].clone(), vec=_modulation(inputs, "mod"), pe=pe, attn_mask=mask)
             return {"x_out": x}
         vec = tuple(
             tuple(_modulation(inputs, f"{stream}_mod{part}") for part in (1, 2))
             for stream in ("img", "txt")
         )
-        img, txt = module(inputs["img"].clone(), inputs["txt"].clone(), vec=vec, pe=pe)
+        img, txt = inputs["img"].clone(), inputs["txt"].clone()
+        img, txt = module(img, txt, vec=vec, pe=pe, attn_mask=mask)
         return {"img_out": img, "txt_out": txt}
 
 

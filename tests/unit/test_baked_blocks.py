@@ -17,7 +17,6 @@ from flux_fp4.quant.quantized_checkpoint import QuantizedCheckpoint
 from flux_fp4.quant.sources.source import open_source
 from flux_fp4.quant.sqnr import sqnr_db
 from flux_fp4.tests.unit.trt_runtime.small_spec import SMALL_PROFILE, SMALL_SPEC
-from flux_fp4.trt_runtime.baked_plans import BakedBlocks, baked_plans, build_baked_plans
 from flux_fp4.trt_runtime.builder import build_engine
 from flux_fp4.trt_runtime.engine import Engine
 from flux_fp4.trt_runtime.errors import (
@@ -26,8 +25,11 @@ from flux_fp4.trt_runtime.errors import (
     EngineStaleError,
     EngineVersionError,
 )
-from flux_fp4.trt_runtime.manifest import load_manifest, verify_engine
+from flux_fp4.trt_runtime.manifest import PlanEntry, load_manifest, verify_engine
+from flux_fp4.trt_runtime.progress import Progress
 from flux_fp4.trt_runtime.reference import ReferenceExecutor
+from flux_fp4.trt_runtime.selection import BakedBlocks, Selection
+from flux_fp4.trt_runtime.variant_plans import build_selected, selected_plans
 from merged_source import MergedSource, random_changes
 from quantize_tiny import quantize
 from stored_block import high_precision_block, run_by_name
@@ -83,14 +85,23 @@ def baked_in(engine_dir: Path, name: str = "first") -> BakedBlocks:
     return BakedBlocks(engine_dir.parent / "baked" / name, (DOUBLE, SINGLE))
 
 
+def build_baked_plans(engine_dir: Path, baked: BakedBlocks, progress: Progress) -> None:
+    build_selected(engine_dir, Selection(baked=baked), progress)
+
+
+def baked_plans(engine_dir: Path, baked: BakedBlocks) -> dict[str, PlanEntry]:
+    found = selected_plans(engine_dir, load_manifest(engine_dir), Selection(baked=baked))
+    return {block: found[block].entry for block in baked.blocks if block in found}
+
+
 def usable(engine_dir: Path, name: str = "first") -> list[str]:
-    return list(baked_plans(engine_dir, load_manifest(engine_dir), baked_in(engine_dir, name)))
+    return list(baked_plans(engine_dir, baked_in(engine_dir, name)))
 
 
 def test_plans_are_built_as_the_engines_own(built: Path) -> None:
     engine = load_manifest(built)
     own = {entry.block: entry for entry in engine.blocks}
-    found = baked_plans(built, engine, baked_in(built))
+    found = baked_plans(built, baked_in(built))
     assert list(found) == [DOUBLE, SINGLE]
     for block, entry in found.items():
         for field in ("fp4_gemms_found", "fp8_mha_found", "inputs", "outputs"):
@@ -194,7 +205,7 @@ def test_reference_runs_the_changed_blocks_and_the_base_again(built: Path) -> No
     blocks = base.metadata.config.block_names
     before = {block: outputs(executor, block, base) for block in blocks}
     bytes_before = executor.weight_bytes
-    executor.use_baked(baked_in(built))
+    executor.use(Selection(baked=baked_in(built)))
     # as many packed bytes run as before
     assert executor.weight_bytes == bytes_before
     for block in blocks:
@@ -207,7 +218,7 @@ def test_reference_runs_the_changed_blocks_and_the_base_again(built: Path) -> No
             assert change < EXACT_DB, f"{block}: the change is {change:.1f} dB of {name}"
             db = sqnr_db(emulated(base, baked_in(built), block)[name], value)
             assert db > EXACT_DB, f"{block}: {db:.1f} dB"
-    executor.use({})
+    executor.use(Selection())
     for block in blocks:
         for name, value in outputs(executor, block, base).items():
             assert torch.equal(value, before[block][name])
@@ -226,14 +237,14 @@ def test_reference_refuses_what_is_not_the_engines(engine_dir: Path) -> None:
     engine = Engine.open(engine_dir, "reference")
     baked = baked_in(engine_dir)
     with pytest.raises(BlockInputError, match=r"double_blocks\.7"):
-        engine.use_baked(BakedBlocks(baked.folder, ("double_blocks.7",)))
+        engine.use(Selection(baked=BakedBlocks(baked.folder, ("double_blocks.7",))))
     (baked.folder / f"{SINGLE}.onnx").unlink()
     with pytest.raises(BlocksMissingError, match=r"single_blocks\.1\.onnx"):
-        engine.use_baked(baked)
+        engine.use(Selection(baked=baked))
     # a block of another checkpoint
     other = engine_dir.parent / "baked" / "second"
     onnx = other / f"{DOUBLE}.onnx"
     digest = load_manifest(engine_dir).checkpoint_digest.encode()
     onnx.write_bytes(onnx.read_bytes().replace(digest, b"0" * 64))
     with pytest.raises(EngineStaleError, match="other weights"):
-        engine.use_baked(baked_in(engine_dir, "second"))
+        engine.use(Selection(baked=baked_in(engine_dir, "second")))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from flux_fp4.quant.sqnr import sqnr_db
 from flux_fp4.tests.unit.trt_runtime.small_spec import SMALL_PROFILE, SMALL_SPEC
 from flux_fp4.trt_runtime.adapters import LowRank, factor_shapes
 from flux_fp4.trt_runtime.builder import build_engine
-from flux_fp4.trt_runtime.contract import lora_variant
+from flux_fp4.trt_runtime.contract import variant_name
 from flux_fp4.trt_runtime.engine import Engine
 from flux_fp4.trt_runtime.errors import (
     BlockContractError,
@@ -28,10 +29,18 @@ from flux_fp4.trt_runtime.errors import (
     EngineVersionError,
     ManifestInvalidError,
 )
-from flux_fp4.trt_runtime.lora_plans import build_lora_plans, lora_plans
-from flux_fp4.trt_runtime.manifest import load_manifest, read_manifest_file, verify_engine
+from flux_fp4.trt_runtime.manifest import (
+    EngineManifest,
+    PlanEntry,
+    load_manifest,
+    read_manifest_file,
+    verify_engine,
+)
+from flux_fp4.trt_runtime.progress import Progress
 from flux_fp4.trt_runtime.reference import ReferenceExecutor
+from flux_fp4.trt_runtime.selection import Selection
 from flux_fp4.trt_runtime.signature import read_signature
+from flux_fp4.trt_runtime.variant_plans import build_selected, built_variants
 from mixed_checkpoint import FORMATS, linears_in_plans, save_mixed
 from quantize_tiny import quantize, with_recipe
 from stored_block import Block, high_precision_block, run_by_name
@@ -86,7 +95,9 @@ def engine_dir(built: Path, tmp_path: Path) -> Path:
 
 def adapters_for(checkpoint: QuantizedCheckpoint, block: str, seed: int = 0) -> dict[str, LowRank]:
     """Adapters as large as the Linears, for every second one of them, with different ranks."""
-    specs = read_signature(checkpoint.path.with_name(f"{lora_variant(block)}.onnx")).inputs
+    specs = read_signature(
+        checkpoint.path.with_name(f"{variant_name(block, lora=True)}.onnx")
+    ).inputs
     generator = torch.Generator().manual_seed(seed)
     adapters = {}
     for rank, (linear, (width, outputs)) in enumerate(factor_shapes(specs).items(), start=7):
@@ -152,9 +163,9 @@ def sqnr_with_adapters(
     inputs = block_inputs(module, state)
     expected = run_by_name(module, inputs, state)
     plain = executor.run(block, inputs)
-    executor.use({block: with_branches(checkpoint, block, adapters)})
+    executor.use(Selection({block: with_branches(checkpoint, block, adapters)}))
     actual = executor.run(block, inputs)
-    executor.use({})
+    executor.use(Selection())
     found = []
     for name, value in actual.items():
         before = inputs[name.removesuffix("_out")]
@@ -187,15 +198,25 @@ def reference(checkpoint: QuantizedCheckpoint) -> ReferenceExecutor:
     return executor
 
 
+def build_lora_plans(engine_dir: Path, blocks: Sequence[str], progress: Progress) -> None:
+    build_selected(engine_dir, Selection({block: {} for block in blocks}), progress)
+
+
+def lora_plans(engine_dir: Path, engine: EngineManifest) -> dict[str, PlanEntry]:
+    found = built_variants(engine_dir, engine)
+    return {name.removesuffix(".lora"): entry for name, entry in found.items()}
+
+
 @pytest.mark.parametrize("kind", [*FORMATS, "svdquant"])
 def test_variants_build_with_the_formats_of_the_plain_plans(tmp_path: Path, kind: str) -> None:
     checkpoint = quantized(tmp_path, kind)
     folder = checkpoint.path.parent
     plain = build_engine(folder, SMALL_SPEC, ignore_progress)
-    variants = build_lora_plans(folder / "sm120", [DOUBLE, SINGLE], ignore_progress)
+    build_lora_plans(folder / "sm120", [DOUBLE, SINGLE], ignore_progress)
+    variants = lora_plans(folder / "sm120", plain)
     by_name = {entry.block: entry for entry in plain.blocks}
-    assert [entry.block for entry in variants.blocks] == [f"{DOUBLE}.lora", f"{SINGLE}.lora"]
-    for entry in variants.blocks:
+    assert list(variants) == [DOUBLE, SINGLE]
+    for entry in variants.values():
         twin = by_name[entry.block.removesuffix(".lora")]
         for count in ("fp4_gemms_found", "fp8_gemms_found", "fp8_mha_found"):
             assert getattr(entry, count) == getattr(twin, count)
@@ -226,7 +247,7 @@ def test_same_build_keeps_variants_and_another_profile_removes_them(engine_dir: 
     smaller = replace(SMALL_SPEC, profile=replace(SMALL_PROFILE, max_img_tokens=128))
     build_engine(engine_dir.parent, smaller, ignore_progress)
     assert lora_plans(engine_dir, load_manifest(engine_dir)) == {}
-    assert not (engine_dir / "lora.json").exists()
+    assert not (engine_dir / "variants.json").exists()
     assert not (engine_dir / entry.file).exists()
 
 
@@ -252,7 +273,7 @@ def test_variant_that_no_longer_fits_is_missing_and_built_again(
     (entry,) = lora_plans(engine_dir, engine).values()
     plan = engine_dir / entry.file
     onnx = engine_dir.parent / f"{SINGLE}.lora.onnx"
-    record = engine_dir / "lora.json"
+    record = engine_dir / "variants.json"
     if damage == "gone":
         plan.unlink()
     elif damage == "truncated":
@@ -274,7 +295,7 @@ def test_export_without_variants_says_to_export_again(engine_dir: Path) -> None:
         build_lora_plans(engine_dir, [SINGLE], ignore_progress)
     engine = Engine.open(engine_dir, "reference")
     with pytest.raises(BlocksMissingError, match=r"single_blocks\.1\.lora\.onnx"):
-        engine.use_adapters({SINGLE: {}})
+        engine.use(Selection({SINGLE: {}}))
 
 
 def test_variant_of_other_weights_is_refused(engine_dir: Path, tmp_path: Path) -> None:
@@ -296,7 +317,7 @@ def test_variants_are_not_built_with_another_release(engine_dir: Path) -> None:
 @pytest.mark.parametrize("change", ["shape", "name", "path"])
 def test_record_with_foreign_inputs_is_refused(engine_dir: Path, change: str) -> None:
     build_lora_plans(engine_dir, [SINGLE], ignore_progress)
-    record = engine_dir / "lora.json"
+    record = engine_dir / "variants.json"
     stored = json.loads(record.read_text())
     entry = stored["blocks"][0]
     factor = next(spec for spec in entry["inputs"] if spec["name"] == "linear1.lora_down")

@@ -14,12 +14,13 @@ from flux_fp4.quant.emulation import emulated_block
 from flux_fp4.quant.onnx_export import export_blocks
 from flux_fp4.quant.quantized_checkpoint import QuantizedCheckpoint
 from flux_fp4.tests.unit.trt_runtime.small_spec import SMALL_SPEC
-from flux_fp4.trt_runtime.adapters import Adapters, LowRank
+from flux_fp4.trt_runtime.adapters import LowRank
 from flux_fp4.trt_runtime.builder import build_engine
 from flux_fp4.trt_runtime.engine import Engine
 from flux_fp4.trt_runtime.errors import SelfTestError
 from flux_fp4.trt_runtime.manifest import load_manifest
 from flux_fp4.trt_runtime.reference import ReferenceExecutor
+from flux_fp4.trt_runtime.selection import Selection
 from flux_fp4.trt_runtime.self_test import LIMIT_DB, Machine, SelfTest
 from quantize_tiny import quantize
 from stored_block import high_precision_block
@@ -55,12 +56,12 @@ class Device(ReferenceExecutor):
     def __init__(self, folder: Path, fault: str = "") -> None:
         super().__init__(folder)
         self.fault = fault
-        self.used: list[Adapters] = []
+        self.used: list[Selection] = []
         self.runs = 0
 
-    def use(self, adapters: Adapters) -> None:
-        self.used.append(adapters)
-        super().use(adapters)
+    def use(self, selection: Selection) -> None:
+        self.used.append(selection)
+        super().use(selection)
 
     def run(self, block: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         self.runs += 1
@@ -144,9 +145,11 @@ def test_adapters_are_put_aside_and_come_back(engine_dir: Path) -> None:
     device = Device(engine_dir.parent)
     engine = engine_on(device, engine_dir)
     adapters = {SINGLE: {"linear2": LowRank(torch.ones(1280, 1), torch.ones(1, 256))}}
-    engine.use_adapters(adapters)
+    wanted = Selection(adapters, masked=True)
+    engine.use(wanted)
     engine.load(CPU)
-    assert device.used == [adapters, {}, adapters]
+    assert device.used == [wanted, Selection(), wanted]
+    assert engine.selection is wanted
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"[" * 100_000, b"\xff"])

@@ -17,6 +17,7 @@ from flux_fp4.quant.errors import OnnxExportMissingError
 from flux_fp4.quant.flux.config import block_linears
 from flux_fp4.quant.onnx_export import export_blocks, exported_blocks, onnx_path
 from flux_fp4.quant.onnx_export.blocks import block_model
+from flux_fp4.quant.onnx_export.contract import Variant
 from flux_fp4.quant.onnx_export.graph import BlockGraph
 from flux_fp4.quant.onnx_export.linears import nvfp4_linear
 from flux_fp4.quant.quantized_checkpoint import (
@@ -317,8 +318,9 @@ def test_export_of_other_tensors_is_stale(exported: Path, quantized: QuantizedCh
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_missing_block_is_named(exported: Path, lora: bool) -> None:
-    path = onnx_path(exported, "single_blocks.1", lora)
+@pytest.mark.parametrize("mask", [False, True])
+def test_missing_block_is_named(exported: Path, lora: bool, mask: bool) -> None:
+    path = onnx_path(exported, "single_blocks.1", Variant(lora, mask))
     path.unlink()
     with pytest.raises(OnnxExportMissingError, match=rf"'{path.name}' is missing"):
         exported_blocks(exported)
@@ -335,7 +337,8 @@ def test_cancel_leaves_whole_files_only(quantized: QuantizedCheckpoint, tmp_path
     with pytest.raises(KeyboardInterrupt):
         export_blocks(path, cancel)
     names = sorted(entry.name for entry in tmp_path.iterdir())
-    assert names == ["double_blocks.0.lora.onnx", "double_blocks.0.onnx", path.name]
+    forms = ("", ".lora", ".lora.mask", ".mask")
+    assert names == sorted([*(f"double_blocks.0{form}.onnx" for form in forms), path.name])
     for name in names[:2]:
         onnx.checker.check_model(str(tmp_path / name), full_check=True)
 

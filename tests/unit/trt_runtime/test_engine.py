@@ -1,15 +1,16 @@
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
 from flux_fp4.tests.unit.trt_runtime.block_inputs import block_inputs
-from flux_fp4.trt_runtime.adapters import Adapters, LowRank
+from flux_fp4.trt_runtime.adapters import LowRank
 from flux_fp4.trt_runtime.engine import Engine
 from flux_fp4.trt_runtime.errors import BlockInputError, ShapeProfileError
 from flux_fp4.trt_runtime.manifest import EngineManifest, load_manifest
+from flux_fp4.trt_runtime.selection import Selection
 
 DOUBLE, SINGLE = "double_blocks.0", "single_blocks.0"
 
@@ -25,13 +26,18 @@ class Doubling:
     def __init__(self) -> None:
         self.batches: list[int] = []
         self.inputs: Mapping[str, torch.Tensor] = {}
-        self.adapters: Adapters = {}
+        self.selection = Selection()
 
-    def missing_lora_plans(self, blocks: Sequence[str]) -> list[str]:
-        return [block for block in blocks if block == SINGLE]
+    def misses(self, selection: Selection) -> list[str]:
+        return [selection.name_of(block) for block in selection.adapters]
 
-    def use(self, adapters: Adapters) -> None:
-        self.adapters = adapters
+    def use(self, selection: Selection) -> None:
+        self.selection = selection
+
+    def bytes_within(self, limit: int | None) -> int:
+        return self.weight_bytes
+
+    def limit(self, weight_bytes: int | None) -> None: ...
 
     def load(self, device: torch.device) -> None: ...
 
@@ -183,16 +189,17 @@ def test_reference_engine_runs_every_block_of_a_real_engine(
 
 def test_adapters_go_to_the_executor(engine: Engine, executor: Doubling) -> None:
     adapters = {SINGLE: {"linear1": LowRank(torch.ones(128, 2), torch.ones(2, 896))}}
-    assert engine.missing_lora_plans([DOUBLE, SINGLE]) == [SINGLE]
-    engine.use_adapters(adapters)
-    assert executor.adapters is adapters
+    selection = Selection(adapters)
+    assert engine.misses(selection) == [f"{SINGLE}.lora"]
+    engine.use(selection)
+    assert executor.selection is engine.selection is selection
 
 
 def test_adapter_for_an_unknown_block_is_refused(engine: Engine, executor: Doubling) -> None:
     adapters = {"single_blocks.9": {"linear1": LowRank(torch.ones(128, 2), torch.ones(2, 896))}}
     with pytest.raises(BlockInputError, match=r"single_blocks\.9"):
-        engine.use_adapters(adapters)
-    assert executor.adapters == {}
+        engine.use(Selection(adapters))
+    assert executor.selection == Selection()
 
 
 def test_variants_that_need_more_memory_are_reckoned_with(

@@ -56,14 +56,9 @@ EXAMPLES: list[tuple[EngineError, str]] = [
         "512.",
     ),
     (
-        errors.LoraPlanMissingError(["double_blocks.0", "single_blocks.3"]),
-        "2 blocks have no plan that takes a LoRA (first: 'double_blocks.0'). Queue the workflow "
-        "again to build them.",
-    ),
-    (
-        errors.BakedPlanMissingError(["double_blocks.0", "single_blocks.3"]),
-        "2 blocks with a baked LoRA have no plan for this engine (first: 'double_blocks.0'). "
-        "Queue the workflow again to build them.",
+        errors.VariantPlanMissingError(["double_blocks.0.lora", "single_blocks.3.lora"]),
+        "2 plans for LoRA or attention masks are missing (first: 'double_blocks.0.lora'). Queue "
+        "the workflow again to build them.",
     ),
     (
         errors.SelfTestError("single_blocks.0", 3.25, 10.0, ENGINE / "self_test_failed.json"),

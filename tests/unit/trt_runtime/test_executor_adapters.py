@@ -16,14 +16,14 @@ from flux_fp4.trt_runtime.contract import (
     LORA_DOWN,
     LORA_UP,
     TensorSpec,
-    lora_variant,
+    variant_name,
 )
 from flux_fp4.trt_runtime.errors import (
     AdapterError,
     EngineNotLoadedError,
     ExecutionError,
-    LoraPlanMissingError,
     PlanDigestError,
+    VariantPlanMissingError,
 )
 from flux_fp4.trt_runtime.executor import TensorRTExecutor
 from flux_fp4.trt_runtime.manifest import (
@@ -32,6 +32,7 @@ from flux_fp4.trt_runtime.manifest import (
     plan_file_name,
     write_manifest,
 )
+from flux_fp4.trt_runtime.selection import Selection
 from flux_fp4.trt_runtime.spec import RANK_AXIS
 
 CPU = torch.device("cpu")
@@ -40,7 +41,7 @@ WIDTH, OUTPUTS = 32, 48
 
 
 def variant_of(entry: PlanEntry) -> PlanEntry:
-    block = lora_variant(entry.block)
+    block = variant_name(entry.block, lora=True)
     inputs = list(entry.inputs)
     for linear in LINEARS[entry.kind]:
         rank = RANK_AXIS + linear
@@ -66,7 +67,7 @@ def variants(
 ) -> Sequence[PlanEntry]:
     """Plans of the variants of both blocks."""
     entries = tuple(with_fake_plan(engine_copy, variant_of(entry)) for entry in manifest.blocks)
-    write_manifest(engine_copy / "lora.json", manifest.model_copy(update={"blocks": entries}))
+    write_manifest(engine_copy / "variants.json", manifest.model_copy(update={"blocks": entries}))
     library.variants = entries
     return entries
 
@@ -91,7 +92,7 @@ def test_only_the_touched_block_changes_its_plan(
 ) -> None:
     executor.load(CPU)
     library.calls.clear()
-    executor.use({SINGLE: {"linear1": adapter()}})
+    executor.use(Selection({SINGLE: {"linear1": adapter()}}))
     assert library.calls[0] == ("synchronize",)
     assert deserialized(library) == [f"{SINGLE}.lora"]
     gc.collect()
@@ -103,7 +104,7 @@ def test_only_the_touched_block_changes_its_plan(
 def test_adapters_before_loading_are_loaded_at_once(
     executor: TensorRTExecutor, library: FakeLibrary, variants: Sequence[PlanEntry]
 ) -> None:
-    executor.use({DOUBLE: {"img_mlp.0": adapter()}})
+    executor.use(Selection({DOUBLE: {"img_mlp.0": adapter()}}))
     assert library.calls == []
     executor.load(CPU)
     assert deserialized(library) == [f"{DOUBLE}.lora", SINGLE]
@@ -117,16 +118,16 @@ def test_factors_reach_the_plan_and_go_again(
 ) -> None:
     executor.load(CPU)
     assert not result(executor, manifest).any()
-    executor.use({SINGLE: {"linear1": adapter(rank=4)}})
+    executor.use(Selection({SINGLE: {"linear1": adapter(rank=4)}}))
     assert (result(executor, manifest) == WIDTH * OUTPUTS * 4).all()
     library.calls.clear()
     # another strength of the same adapter, and then another rank: the plan stays
-    executor.use({SINGLE: {"linear1": adapter(0.5, rank=4)}})
+    executor.use(Selection({SINGLE: {"linear1": adapter(0.5, rank=4)}}))
     assert (result(executor, manifest) == WIDTH * OUTPUTS * 2).all()
-    executor.use({SINGLE: {"linear1": adapter(rank=40), "linear2": adapter(rank=1)}})
+    executor.use(Selection({SINGLE: {"linear1": adapter(rank=40), "linear2": adapter(rank=1)}}))
     assert (result(executor, manifest) == WIDTH * OUTPUTS * 41).all()
     assert deserialized(library) == []
-    executor.use({})
+    executor.use(Selection())
     assert deserialized(library) == [SINGLE]
     assert not result(executor, manifest).any()
 
@@ -138,7 +139,7 @@ def test_steady_state_sets_no_factor_again(
     variants: Sequence[PlanEntry],
 ) -> None:
     executor.load(CPU)
-    executor.use({SINGLE: {"linear1": adapter()}})
+    executor.use(Selection({SINGLE: {"linear1": adapter()}}))
     result(executor, manifest)
     library.calls.clear()
     result(executor, manifest)
@@ -152,7 +153,7 @@ def test_factors_survive_unloading(
     variants: Sequence[PlanEntry],
 ) -> None:
     executor.load(CPU)
-    executor.use({SINGLE: {"linear1": adapter()}})
+    executor.use(Selection({SINGLE: {"linear1": adapter()}}))
     executor.unload()
     gc.collect()
     assert library.alive == set()
@@ -164,12 +165,12 @@ def test_weights_and_activations_are_those_in_use(
     executor: TensorRTExecutor, manifest: EngineManifest, variants: Sequence[PlanEntry]
 ) -> None:
     double, single = manifest.blocks
-    executor.use({SINGLE: {"linear1": adapter(rank=32)}})
+    executor.use(Selection({SINGLE: {"linear1": adapter(rank=32)}}))
     # bf16; the other Linear's zeros have the smallest rank
     factors = 2 * (WIDTH + OUTPUTS) * (32 + 16)
     assert executor.weight_bytes == double.bytes + variants[1].bytes + factors
     assert executor.activation_bytes == max(double.activation_bytes, variants[1].activation_bytes)
-    executor.use({})
+    executor.use(Selection())
     assert executor.weight_bytes == double.bytes + single.bytes
 
 
@@ -178,10 +179,10 @@ def test_missing_variant_changes_nothing(
 ) -> None:
     executor.load(CPU)
     library.calls.clear()
-    assert executor.missing_lora_plans([SINGLE]) == [SINGLE]
-    with pytest.raises(LoraPlanMissingError) as caught:
-        executor.use({SINGLE: {"linear1": adapter()}})
-    assert caught.value.blocks == (SINGLE,)
+    assert executor.misses(Selection({SINGLE: {}})) == [f"{SINGLE}.lora"]
+    with pytest.raises(VariantPlanMissingError) as caught:
+        executor.use(Selection({SINGLE: {"linear1": adapter()}}))
+    assert caught.value.names == (f"{SINGLE}.lora",)
     assert library.calls == []
     assert not result(executor, manifest).any()
 
@@ -193,10 +194,10 @@ def test_adapter_that_does_not_fit_changes_nothing(
     variants: Sequence[PlanEntry],
 ) -> None:
     executor.load(CPU)
-    executor.use({SINGLE: {"linear1": adapter()}})
+    executor.use(Selection({SINGLE: {"linear1": adapter()}}))
     library.calls.clear()
     with pytest.raises(AdapterError, match="no such Linear"):
-        executor.use({SINGLE: {"linear7": adapter()}})
+        executor.use(Selection({SINGLE: {"linear7": adapter()}}))
     assert library.calls == []
     assert (result(executor, manifest) == WIDTH * OUTPUTS * 4).all()
 
@@ -212,7 +213,7 @@ def test_variant_with_other_content_is_not_deserialized(
     plan.write_bytes(b"x" * plan.stat().st_size)
     library.calls.clear()
     with pytest.raises(PlanDigestError):
-        executor.use({SINGLE: {"linear1": adapter()}})
+        executor.use(Selection({SINGLE: {"linear1": adapter()}}))
     assert deserialized(library) == []
     assert not executor.loaded
 
@@ -228,7 +229,7 @@ def test_variant_that_does_not_load_leaves_nothing_loaded(
     executor.load(CPU)
     library.refused.add(call)
     with pytest.raises(ExecutionError) as caught:
-        executor.use({SINGLE: {"linear1": adapter()}})
+        executor.use(Selection({SINGLE: {"linear1": adapter()}}))
     assert caught.value.block == f"{SINGLE}.lora"
     with pytest.raises(EngineNotLoadedError):
         result(executor, manifest)

@@ -10,10 +10,9 @@ import pytest
 import torch
 from flux_fp4.tests.unit.trt_runtime.block_inputs import block_inputs
 from flux_fp4.tests.unit.trt_runtime.fake_tensorrt import FakeLibrary, with_fake_plan
-from flux_fp4.trt_runtime.baked_plans import BakedBlocks
 from flux_fp4.trt_runtime.digest import digest_of_bytes
 from flux_fp4.trt_runtime.engine import Engine
-from flux_fp4.trt_runtime.errors import BakedPlanMissingError, PlanDigestError
+from flux_fp4.trt_runtime.errors import PlanDigestError, VariantPlanMissingError
 from flux_fp4.trt_runtime.executor import TensorRTExecutor
 from flux_fp4.trt_runtime.manifest import (
     EngineManifest,
@@ -21,6 +20,7 @@ from flux_fp4.trt_runtime.manifest import (
     plan_file_name,
     write_manifest,
 )
+from flux_fp4.trt_runtime.selection import BakedBlocks, Selection
 from flux_fp4.trt_runtime.self_test import Machine
 
 CPU = torch.device("cpu")
@@ -57,14 +57,14 @@ def test_only_changed_blocks_change_their_plans(
     second, _ = plans_of(engine_copy, manifest, "second", DOUBLE, SINGLE)
     executor.load(CPU)
     library.calls.clear()
-    executor.use_baked(first)
+    executor.use(Selection(baked=first))
     assert library.calls[0] == ("synchronize",)
     assert deserialized(library) == [f"{SINGLE} first"]
-    executor.use_baked(first)
+    executor.use(Selection(baked=first))
     assert deserialized(library) == [f"{SINGLE} first"]
-    executor.use_baked(second)
+    executor.use(Selection(baked=second))
     assert deserialized(library)[1:] == [f"{DOUBLE} second", f"{SINGLE} second"]
-    executor.use({})
+    executor.use(Selection())
     assert deserialized(library)[3:] == [DOUBLE, SINGLE]
 
 
@@ -72,7 +72,7 @@ def test_baked_blocks_survive_unloading(
     executor: TensorRTExecutor, library: FakeLibrary, manifest: EngineManifest, engine_copy: Path
 ) -> None:
     baked, (entry,) = plans_of(engine_copy, manifest, "lora", SINGLE)
-    executor.use_baked(baked)
+    executor.use(Selection(baked=baked))
     assert library.calls == []
     assert executor.weight_bytes == manifest.blocks[0].bytes + entry.bytes
     for _ in range(2):
@@ -89,7 +89,7 @@ def test_baked_blocks_take_turns_within_a_limit(
 ) -> None:
     baked, entries = plans_of(engine_copy, manifest, "lora", DOUBLE, SINGLE)
     executor.limit(0)
-    executor.use_baked(baked)
+    executor.use(Selection(baked=baked))
     executor.load(CPU)
     assert executor.bytes_within(0) == max(entry.bytes for entry in entries)
     for _ in range(2):
@@ -97,7 +97,7 @@ def test_baked_blocks_take_turns_within_a_limit(
         for entry in manifest.blocks:
             executor.run(entry.block, block_inputs(entry, 40, 8))
         assert deserialized(library) == [f"{DOUBLE} lora", f"{SINGLE} lora"]
-    executor.use({})
+    executor.use(Selection())
     executor.run(SINGLE, block_inputs(manifest.blocks[1], 40, 8))
     assert deserialized(library)[-1] == SINGLE
 
@@ -108,12 +108,12 @@ def test_missing_plan_changes_nothing(
     baked, _ = plans_of(engine_copy, manifest, "lora", SINGLE)
     both = BakedBlocks(baked.folder, (DOUBLE, SINGLE))
     executor.load(CPU)
-    executor.use_baked(baked)
+    executor.use(Selection(baked=baked))
     library.calls.clear()
-    assert executor.missing_baked_plans(both) == [DOUBLE]
-    with pytest.raises(BakedPlanMissingError) as caught:
-        executor.use_baked(both)
-    assert caught.value.blocks == (DOUBLE,)
+    assert executor.misses(Selection(baked=both)) == [DOUBLE]
+    with pytest.raises(VariantPlanMissingError) as caught:
+        executor.use(Selection(baked=both))
+    assert caught.value.names == (DOUBLE,)
     assert library.calls == []
     assert executor.weight_bytes == manifest.blocks[0].bytes + len(f"{SINGLE} lora")
 
@@ -127,7 +127,7 @@ def test_plan_with_other_content_is_not_deserialized(
     plan.write_bytes(b"x" * plan.stat().st_size)
     library.calls.clear()
     with pytest.raises(PlanDigestError):
-        executor.use_baked(baked)
+        executor.use(Selection(baked=baked))
     assert deserialized(library) == []
     assert not executor.loaded
 
@@ -153,7 +153,7 @@ def test_self_test_runs_the_engines_own_blocks(
     baked, _ = plans_of(engine_copy, manifest, "lora", SINGLE)
     test = WatchingSelfTest(library)
     engine = Engine(engine_copy, manifest, executor, "fake", "", test)  # type: ignore[arg-type]
-    engine.use_baked(baked)
+    engine.use(Selection(baked=baked))
     engine.load(CPU)
     assert test.seen[-1] == SINGLE
     assert deserialized(library) == [f"{SINGLE} lora"]
