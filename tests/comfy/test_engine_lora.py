@@ -256,7 +256,7 @@ def test_second_device_gets_an_engine_of_its_own(engine: EnginePatcher) -> None:
     assert isinstance(second, EnginePatcher)
     assert second.model.engine is not engine.model.engine
     assert torch.equal(sample(second), expected)
-    assert second.model.engine.adapters.keys() == {"double_blocks.1"}
+    assert second.model.engine.selection.adapters.keys() == {"double_blocks.1"}
     second.detach()
     assert torch.equal(sample(patched), expected)
 

@@ -265,13 +265,6 @@ def test_changes_inside_attention_are_refused(
     assert error.value.block == "double_blocks.0"
 
 
-def test_attention_mask_is_refused(engine: EnginePatcher) -> None:
-    mask = torch.zeros(1, 93, 93)
-    positive = condition(attention_mask=mask, attention_mask_img_shape=(4, 4))
-    with pytest.raises(UnsupportedByEngineError, match="attention mask"):
-        sample(engine, positive)
-
-
 def test_zero_timestep_references_are_refused(engine: EnginePatcher) -> None:
     positive = condition(
         reference_latents=[torch.ones(1, 16, 4, 4)], reference_latents_method="index_timestep_zero"

@@ -6,6 +6,7 @@ stored quantization stands for. The others set what no core node sets.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -69,25 +70,64 @@ def _keep_first_block(model: Any) -> None:
 
 
 class TestAttentionMask:
-    """Sets what *Apply Style Model* with a strength sets."""
+    """Sets attention masks as *Apply Style Model* and nodes for regional prompts do."""
+
+    KINDS = ("style strength 0.3", "style strength 0.3, made for a larger picture", "regions")
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 - ComfyUI's name
-        return {"required": {"conditioning": ("CONDITIONING",)}}
+        return {"required": {"conditioning": ("CONDITIONING",), "kind": (cls.KINDS,)}}
 
     RETURN_TYPES = ("CONDITIONING",)
     FUNCTION = "mask"
     CATEGORY = "tests"
 
-    def mask(self, conditioning: list[Any]) -> tuple[list[Any]]:
-        tokens = conditioning[0][0].shape[1] + 16
-        mask = torch.zeros(1, tokens, tokens)
-        changes = {"attention_mask": mask, "attention_mask_img_shape": (4, 4)}
+    def mask(self, conditioning: list[Any], kind: str) -> tuple[list[Any]]:
+        text = conditioning[0][0].shape[1]
+        # the small model's pictures have 4 x 4 tokens
+        side = 8 if kind.endswith("larger picture") else 4
+        mask = regions(text, side) if kind == "regions" else style(text, side)
+        changes = {"attention_mask": mask, "attention_mask_img_shape": (side, side)}
         return ([[context, {**options, **changes}] for context, options in conditioning],)
+
+
+def style(text: int, side: int) -> torch.Tensor:
+    """Let the picture look less at the second half of the text, where Redux's tokens would be."""
+    mask = torch.zeros(1, text + side * side, text + side * side)
+    mask[:, text:, text // 2 : text] = math.log(0.3)
+    return mask
+
+
+def regions(text: int, side: int) -> torch.Tensor:
+    """Let the left half of the picture see the first half of the text only."""
+    tokens = text + side * side
+    # numbers: ComfyUI turns booleans into 1 and 0 on their way to the model
+    mask = torch.zeros(1, tokens, tokens)
+    left = text + torch.arange(side * side).view(side, side)[:, : side // 2].flatten()
+    mask[:, left, text // 2 : text] = -torch.inf
+    return mask
+
+
+class TestContextLength:
+    """Repeats a text's tokens up to a number, as Redux makes long contexts."""
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 - ComfyUI's name
+        return {"required": {"conditioning": ("CONDITIONING",), "tokens": ("INT", {"default": 1})}}
+
+    RETURN_TYPES = ("CONDITIONING",)
+    FUNCTION = "repeat"
+    CATEGORY = "tests"
+
+    def repeat(self, conditioning: list[Any], tokens: int) -> tuple[list[Any]]:
+        context, options = conditioning[0]
+        times = math.ceil(tokens / context.shape[1])
+        return ([[context.repeat(1, times, 1)[:, :tokens], options]],)
 
 
 NODE_CLASS_MAPPINGS = {
     "TestAttentionMask": TestAttentionMask,
+    "TestContextLength": TestContextLength,
     "TestLoadEmulatedFlux": TestLoadEmulatedFlux,
     "TestTransformerOption": TestTransformerOption,
 }
