@@ -8,7 +8,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test setup comfyui npm lint types unit comfy browser constraints golden thumbnails clean
+.PHONY: demo test setup comfyui npm lint types unit comfy browser gpu constraints golden thumbnails clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -38,6 +38,10 @@ comfy: setup
 
 browser: setup npm
 	$(BIN)/python -m pytest tests/browser
+
+# Needs an NVIDIA GPU; not a part of `make test`.
+gpu: setup
+	$(BIN)/python -m pytest -s tests/gpu
 
 lint: setup .checks/flux_fp4
 	$(BIN)/ruff check .

@@ -1,8 +1,8 @@
-"""What a LoRA beside an engine costs, on one block of each kind at FLUX.1-dev's size.
+"""What a LoRA or a mask beside an engine costs, on one block of each kind at FLUX.1-dev's size.
 
     python benchmarks/lora_cost.py FOLDER    writes 1.5 GB of random weights there first
 
-Build time, kernels by the builder's log and plan bytes of the plain plan and of its variant; FLOPs
+Build time, kernels by the builder's log and plan bytes of the plain plan and its variants; FLOPs
 from shapes; seconds on the reference backend at 512 tokens, plain and with every Linear adapted,
 in turns so that a busy machine slows all alike.
 """
@@ -117,8 +117,10 @@ def main() -> None:
     factory = PlanFactory("tensorrt_rtx", lambda message: None)
     print("| plan | build, s | kernels | MB | activations, MB |\n|---|---|---|---|---|")
     for block in CONFIG.block_names:
-        for name in (block, variant_name(block, lora=True)):
-            print(build(folder / f"{name}.onnx", factory), flush=True)
+        for lora in (False, True):
+            for mask in (False, True):
+                path = folder / f"{variant_name(block, lora, mask)}.onnx"
+                print(build(path, factory), flush=True)
     print("| block | rank | FLOPs beside the Linears' | reference, x plain |\n|---|---|---|---|")
     for block in CONFIG.block_names:
         shapes = factor_shapes(

@@ -14,11 +14,14 @@ from .errors import CalibrationMissingError
 from .fingerprint import OutputLedger
 from .load import (
     BACKEND,
+    CUDA_GRAPHS,
     ENGINE_MEMORY,
+    LORA,
     MAIN_MEMORY,
     MODEL_OUTPUT,
     MODULATION,
-    placement,
+    RUNTIME,
+    engine_options,
 )
 from .quantize import source_input, source_state
 from .recipe_inputs import ADVANCED, FP8_ATTENTION, options_from, recipe_input, recipe_state
@@ -58,8 +61,10 @@ class EngineFromCheckpoint(io.ComfyNode):
                     "first run; when connected, other samples quantize the checkpoint again.",
                 ),
                 *ADVANCED,
+                LORA,
                 MODULATION,
                 ENGINE_MEMORY,
+                CUDA_GRAPHS,
             ],
             outputs=[io.Model.Output(display_name="model", tooltip=MODEL_OUTPUT)],
         )
@@ -84,8 +89,10 @@ class EngineFromCheckpoint(io.ComfyNode):
         backend: str,
         workers: int,
         samples: Any = None,
+        lora: str = RUNTIME,
         modulation_memory: str = MAIN_MEMORY,
         engine_memory: float = 0.0,
+        cuda_graphs: bool = False,
         **advanced: Any,
     ) -> io.NodeOutput:
         from . import reports, stages
@@ -97,7 +104,8 @@ class EngineFromCheckpoint(io.ComfyNode):
         quantized = _quantized(checkpoint, options, samples, progress)
         stages.export(quantized, progress)
         folder, _ = stages.build(quantized, spec, workers, progress)
-        model = stages.load(folder, backend, placement(modulation_memory, engine_memory))
+        loading = engine_options(lora, modulation_memory, engine_memory, cuda_graphs)
+        model = stages.load(folder, backend, loading)
         cls.ledger.record(cls.hidden.unique_id, [quantized, folder / paths.MANIFEST])
         text = reports.model_summary(paths.engine_name(folder), model)
         progress.show(text)

@@ -67,17 +67,21 @@ class StoredModel(StoredLinears, Protocol):
 
 
 @dataclass(frozen=True)
-class Placement:
-    """Where weights may be.
+class EngineOptions:
+    """What the loader node lets users choose besides the backend.
 
     Attributes:
         precompute_modulation: Keep the blocks' modulation weights in main memory and compute the
             vectors of all steps at once. FLUX.2's blocks have no such weights.
         engine_limit: GPU memory for the engine's weights in bytes; None: what ComfyUI has to give.
+        bakes_lora: Merge LoRAs into blocks, instead of running them beside.
+        cuda_graphs: Let TensorRT-RTX launch each block as one CUDA graph.
     """
 
     precompute_modulation: bool = True
     engine_limit: int | None = None
+    bakes_lora: bool = False
+    cuda_graphs: bool = False
 
 
 class SamplingMemory:
@@ -125,7 +129,7 @@ def build_engine_model(
     checkpoint: StoredModel,
     max_txt_tokens: int,
     load_device: torch.device,
-    placement: Placement,
+    options: EngineOptions,
 ) -> BaseModel:
     """Return ComfyUI's model object for a FLUX whose blocks are in `engine`.
 
@@ -137,7 +141,7 @@ def build_engine_model(
         checkpoint: The quantized checkpoint, for error messages and weight patches.
         max_txt_tokens: Longest text the engine takes.
         load_device: Where the model will sample.
-        placement: Where weights may be.
+        options: How it shall run.
 
     Raises:
         CheckpointWeightsError: `weights` are not exactly those that the model needs.
@@ -179,10 +183,10 @@ def build_engine_model(
     flux.requires_grad_(False).eval()
     comfy.model_management.archive_model_dtypes(flux)
     model.engine, model.checkpoint, model.plan_linears = engine, checkpoint, plan_linears
-    model.bakes_lora = False
+    model.bakes_lora = options.bakes_lora
     model.attention_masks = masks
-    model.engine_limit = placement.engine_limit
-    model.modulation = install_table(model) if placement.precompute_modulation else None
+    model.engine_limit = options.engine_limit
+    model.modulation = install_table(model) if options.precompute_modulation else None
     working_bytes = 0 if model.modulation is None else model.modulation.working_bytes
     model.memory_required = SamplingMemory(engine, unet_config, max_txt_tokens, working_bytes)
     return model

@@ -11,10 +11,10 @@ from .fingerprint import file_state
 from .schema import CATEGORY, description
 
 if TYPE_CHECKING:
-    from .engine_model import Placement
+    from .engine_model import EngineOptions
 
 BACKENDS = ("auto", "tensorrt_rtx", "tensorrt", "reference")
-LORA_MODES = ("runtime", "baked")
+RUNTIME, BAKED = "runtime", "baked"
 
 BACKEND = io.Combo.Input(
     "backend",
@@ -25,8 +25,8 @@ BACKEND = io.Combo.Input(
 )
 LORA = io.Combo.Input(
     "lora",
-    options=list(LORA_MODES),
-    default="runtime",
+    options=[RUNTIME, BAKED],
+    default=RUNTIME,
     optional=True,
     tooltip="How LoRAs behind this node work. runtime: another LoRA or strength acts at once, at "
     "some cost per step. baked: no cost per step, but blocks that a LoRA touches are quantized "
@@ -53,6 +53,15 @@ ENGINE_MEMORY = io.Float.Input(
     step=0.1,
     tooltip="GB on the GPU for the engine's weights; 0 is no limit. Plans beyond it are loaded "
     "again in every step, which is slow. ComfyUI does the same by itself when memory is short.",
+    optional=True,
+    advanced=True,
+)
+CUDA_GRAPHS = io.Boolean.Input(
+    "cuda_graphs",
+    display_name="CUDA graphs",
+    default=False,
+    tooltip="TensorRT-RTX launches each block as one CUDA graph. May help where the GPU waits for "
+    "a slow CPU; never measured. Costs memory, and time at every new size of picture.",
     optional=True,
     advanced=True,
 )
@@ -83,6 +92,7 @@ class LoadEngine(io.ComfyNode):
                 LORA,
                 MODULATION,
                 ENGINE_MEMORY,
+                CUDA_GRAPHS,
             ],
             outputs=[io.Model.Output(display_name="model", tooltip=MODEL_OUTPUT)],
         )
@@ -100,23 +110,30 @@ class LoadEngine(io.ComfyNode):
         cls,
         engine: str,
         backend: str,
-        lora: str = "runtime",
+        lora: str = RUNTIME,
         modulation_memory: str = MAIN_MEMORY,
         engine_memory: float = 0.0,
+        cuda_graphs: bool = False,
     ) -> io.NodeOutput:
         from . import reports, stages
         from .progress import NodeProgress
 
-        where = placement(modulation_memory, engine_memory)
-        model = stages.load(paths.engine_folder(engine), backend, where, lora == "baked")
+        options = engine_options(lora, modulation_memory, engine_memory, cuda_graphs)
+        model = stages.load(paths.engine_folder(engine), backend, options)
         text = reports.model_summary(engine, model)
         NodeProgress(cls.hidden.unique_id).show(text)
         return io.NodeOutput(model, ui=ui.PreviewText(text))
 
 
-def placement(modulation_memory: str, engine_memory: float) -> Placement:
-    """Return what the two widgets say."""
-    from .engine_model import Placement
+def engine_options(
+    lora: str, modulation_memory: str, engine_memory: float, cuda_graphs: bool
+) -> EngineOptions:
+    """Return what the widgets say."""
+    from .engine_model import EngineOptions
 
-    limit = round(engine_memory * 10**9) if engine_memory else None
-    return Placement(modulation_memory == MAIN_MEMORY, limit)
+    return EngineOptions(
+        precompute_modulation=modulation_memory == MAIN_MEMORY,
+        engine_limit=round(engine_memory * 10**9) if engine_memory else None,
+        bakes_lora=lora == BAKED,
+        cuda_graphs=cuda_graphs,
+    )

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..quant.sources.source import FluxSource
     from ..trt_runtime.manifest import EngineManifest
     from ..trt_runtime.spec import BuildSpec
-    from .engine_model import Placement
+    from .engine_model import EngineOptions
     from .engine_patcher import EnginePatcher
     from .progress import NodeProgress
 
@@ -88,21 +88,18 @@ def build(
     return checkpoint.parent / spec.folder_name, manifest
 
 
-def load(
-    engine: Path, backend: str, placement: Placement, bakes_lora: bool = False
-) -> EnginePatcher:
+def load(engine: Path, backend: str, options: EngineOptions) -> EnginePatcher:
     """Open an engine as MODEL.
 
     Args:
         engine: Folder with the manifest.
         backend: ``auto`` or the name of a backend.
-        placement: Where weights may be.
-        bakes_lora: Whether LoRAs are merged into blocks, instead of running beside them.
+        options: How it shall run.
 
     Raises:
         EngineOutdatedError: The checkpoint beside it was quantized again after the build.
     """
-    arguments = (str(engine), backend, placement, bakes_lora)
+    arguments = (str(engine), backend, options)
     patcher = load_engine_model(*arguments)
     # ComfyUI's multi-GPU nodes load the model a second time through this.
     patcher.cached_patcher_init = (load_engine_model, arguments)
@@ -112,8 +109,7 @@ def load(
 def load_engine_model(
     engine_folder: str,
     backend: str,
-    placement: Placement,
-    bakes_lora: bool = False,
+    options: EngineOptions,
     disable_dynamic: bool = False,
 ) -> EnginePatcher:
     """Return a fresh patcher over an engine folder.
@@ -121,8 +117,7 @@ def load_engine_model(
     Args:
         engine_folder: Folder with the manifest.
         backend: ``auto`` or the name of a backend.
-        placement: Where weights may be.
-        bakes_lora: Whether LoRAs are merged into blocks, instead of running beside them.
+        options: How it shall run.
         disable_dynamic: Part of ComfyUI's factory signature; an engine is never dynamic.
     """
     from ..quant.flux.config import block_linears
@@ -135,7 +130,7 @@ def load_engine_model(
     folder = Path(engine_folder)
     checkpoint = QuantizedCheckpoint.read(paths.engine_checkpoint(folder))
     load_device = comfy.model_management.get_torch_device()
-    engine = Engine.open(folder, backend, load_device)
+    engine = Engine.open(folder, backend, load_device, options.cuda_graphs)
     if engine.manifest.checkpoint_digest != checkpoint.metadata.content_digest:
         raise EngineOutdatedError(paths.engine_name(folder), checkpoint.name)
     offload_device = comfy.model_management.unet_offload_device()
@@ -147,7 +142,6 @@ def load_engine_model(
         checkpoint,
         engine.manifest.profile.max_txt_tokens,
         load_device,
-        placement,
+        options,
     )
-    model.bakes_lora = bakes_lora
     return EnginePatcher(model.to(offload_device), load_device, offload_device)

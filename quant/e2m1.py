@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -56,10 +58,22 @@ def decode_e2m1(codes: Tensor) -> Tensor:
 
 def decode_packed(packed: Tensor) -> Tensor:
     """Return the fp32 values ``[..., K]`` of packed codes ``[..., K/2]``."""
-    values = decode_e2m1(torch.arange(16, dtype=torch.uint8, device=packed.device))
-    # byte -> the two fp32 values that it holds, seen as one element: half the look-ups
-    pairs = torch.stack((values.repeat(16), values.repeat_interleave(16)), dim=1)
-    return pairs.view(torch.float64).flatten()[packed.int()].view(torch.float32)
+    pairs = _byte_values(packed.device)
+    # several times as fast as indexing
+    values = torch.index_select(pairs, 0, packed.flatten().int()).view(torch.float32)
+    return values.view(*packed.shape[:-1], 2 * packed.shape[-1])
+
+
+@functools.cache
+def _byte_values(device: torch.device) -> Tensor:
+    """Return for each byte the two fp32 values that it holds, seen as one fp64: half the look-ups.
+
+    Made outside of inference mode: what is kept may be used in both.
+    """
+    with torch.inference_mode(False):
+        values = decode_e2m1(torch.arange(16, dtype=torch.uint8, device=device))
+        pairs = torch.stack((values.repeat(16), values.repeat_interleave(16)), dim=1)
+        return pairs.view(torch.float64).flatten()
 
 
 def pack_codes(codes: Tensor) -> Tensor:

@@ -167,13 +167,13 @@ def _emulated_nvfp4(
         tensors[f"{linear}.weight"],
         tensors[f"{linear}.weight_scale"],
         tensors[f"{linear}.weight_scale_2"],
-    ).dequantize()
+    ).dequantize(dtype)
     quantize = partial(fake_quantize_activation, global_scale=tensors[f"{linear}.input_scale"])
     branch = None
     if f"{linear}.svd_down" in tensors:
         branch = (tensors[f"{linear}.svd_down"], tensors[f"{linear}.svd_up"])
     smoothing = tensors.get(f"{linear}.pre_quant_scale")
-    return EmulatedLinear(weight.to(dtype), bias, quantize, smoothing, branch)
+    return EmulatedLinear(weight, bias, quantize, smoothing, branch)
 
 
 def _copy_tree(module: _Module) -> _Module:

@@ -60,10 +60,10 @@ class NVFP4Weight:
     block_scale: Tensor
     global_scale: Tensor
 
-    def dequantize(self) -> Tensor:
-        """Return the fp32 ``[N, K]`` weight that the codes stand for."""
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the ``[N, K]`` weight that the codes stand for, computed in fp32."""
         rows, half_columns = self.packed.shape
-        weight = torch.empty(rows, 2 * half_columns, device=self.packed.device)
+        weight = torch.empty(rows, 2 * half_columns, dtype=dtype, device=self.packed.device)
 
         def dequantize(chunk: slice) -> None:
             values = decode_packed(self.packed[chunk]).unflatten(-1, (-1, NVFP4_BLOCK))

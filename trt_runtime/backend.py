@@ -39,6 +39,11 @@ class Backend:
     """Kernels are compiled at run time and can be kept (TensorRT-RTX)."""
 
     @property
+    def has_cuda_graphs(self) -> bool:
+        """Blocks can be launched as CUDA graphs by the library itself."""
+        return self.has_runtime_cache and hasattr(self.module, "CudaGraphStrategy")
+
+    @property
     def label(self) -> str:
         """Library and version for messages."""
         return f"{self.name} {self.version}"

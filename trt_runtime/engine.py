@@ -13,7 +13,7 @@ import torch
 from .backend import choose_backend, probe_gpu
 from .block_call import AcceptedCall, accepted_call, batch_parts
 from .contract import MASK, MASK_SHAPE, TensorSpec
-from .errors import BlockInputError
+from .errors import BackendUnusableError, BlockInputError
 from .manifest import EngineManifest, PlanEntry, load_manifest, verify_engine
 from .selection import Selection
 from .self_test import Machine, SelfTest
@@ -87,7 +87,11 @@ class Engine:
 
     @classmethod
     def open(
-        cls, engine_dir: Path, backend: str = "auto", device: torch.device | None = None
+        cls,
+        engine_dir: Path,
+        backend: str = "auto",
+        device: torch.device | None = None,
+        cuda_graphs: bool = False,
     ) -> Engine:
         """Check an engine folder and choose the backend; nothing is loaded yet.
 
@@ -95,6 +99,7 @@ class Engine:
             engine_dir: Folder with manifest.json.
             backend: "auto", "reference", or the library that the plans are for.
             device: Where the engine will be loaded; None is torch's current CUDA device.
+            cuda_graphs: Launch each block as one CUDA graph; the reference has nothing to launch.
 
         Raises:
             EngineError: the engine is missing, unfinished, changed, stale, or not for this machine.
@@ -112,7 +117,11 @@ class Engine:
         else:
             from .executor import TensorRTExecutor
 
-            executor = TensorRTExecutor(engine_dir, manifest, choice.backend)
+            if cuda_graphs and not choice.backend.has_cuda_graphs:
+                raise BackendUnusableError(choice.name, "it has no CUDA graphs of its own")
+            executor = TensorRTExecutor(
+                engine_dir, manifest, choice.backend, cuda_graphs=cuda_graphs
+            )
         self_test = SelfTest(engine_dir, manifest)
         return cls(engine_dir, manifest, executor, choice.name, choice.reason, self_test)
 

@@ -38,6 +38,7 @@ class TensorRTExecutor:
         manifest: The verified manifest.
         backend: The library.
         cuda: Device and streams.
+        cuda_graphs: Whether the library launches each block as a CUDA graph.
     """
 
     def __init__(
@@ -46,9 +47,10 @@ class TensorRTExecutor:
         manifest: EngineManifest,
         backend: Backend,
         cuda: CudaAccess | None = None,
+        cuda_graphs: bool = False,
     ) -> None:
         self._engine_dir, self._manifest, self._backend = engine_dir, manifest, backend
-        self._cuda = cuda or CudaAccess()
+        self._cuda, self._cuda_graphs = cuda or CudaAccess(), cuda_graphs
         self._log: RuntimeLog = runtime_log(backend)
         self._runtime: Any = None
         self._pool = PlanPool(self._opened, self._cuda.synchronize)
@@ -301,6 +303,9 @@ class TensorRTExecutor:
         config = engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(strategy)
         self._cache.attach(config)
+        if self._cuda_graphs:
+            graphs = self._backend.module.CudaGraphStrategy
+            config.cuda_graph_strategy = graphs.WHOLE_GRAPH_CAPTURE
         return engine.create_execution_context(config)
 
     def _save_kernels(self) -> None:

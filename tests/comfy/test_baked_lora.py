@@ -35,7 +35,7 @@ import comfy.sd  # noqa: E402
 import folder_paths  # noqa: E402
 from engine_sampling import lora_of, sample, stock_flux  # noqa: E402
 from flux_fp4.nodes import baking, built_plans, paths, stages  # noqa: E402
-from flux_fp4.nodes.engine_model import Placement  # noqa: E402
+from flux_fp4.nodes.engine_model import EngineOptions  # noqa: E402
 from flux_fp4.nodes.errors import BakeError, WeightChangeError  # noqa: E402
 
 SPEC = BuildSpec(
@@ -121,7 +121,7 @@ def engine_dir(models: Path) -> Path:
 
 
 def baked_model(models: Path) -> Any:
-    return stages.load(engine_dir(models), "reference", Placement(), bakes_lora=True)
+    return stages.load(engine_dir(models), "reference", EngineOptions(bakes_lora=True))
 
 
 def bakes(models: Path) -> list[Path]:
@@ -306,7 +306,7 @@ def test_mode_survives_clones_and_a_second_device(models: Path, progress: Progre
 
 
 def test_other_mode_bakes_nothing(models: Path) -> None:
-    sample(with_lora(stages.load(engine_dir(models), "reference", Placement()), lora(SINGLE)))
+    sample(with_lora(stages.load(engine_dir(models), "reference", EngineOptions()), lora(SINGLE)))
     assert bakes(models) == []
 
 

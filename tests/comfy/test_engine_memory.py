@@ -14,13 +14,13 @@ import_comfyui()
 
 import comfy.model_management as mm  # noqa: E402
 from engine_sampling import sample, stock_flux  # noqa: E402
-from flux_fp4.nodes.engine_model import Placement  # noqa: E402
+from flux_fp4.nodes.engine_model import EngineOptions  # noqa: E402
 from flux_fp4.nodes.engine_patcher import EnginePatcher  # noqa: E402
 from torch_engine import TorchEngine, engine_over  # noqa: E402
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-5
-ALL_ON_GPU = Placement(precompute_modulation=False)
+ALL_ON_GPU = EngineOptions(precompute_modulation=False)
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +29,17 @@ def stock() -> Any:
 
 
 @pytest.fixture(
-    params=[(False, ALL_ON_GPU), (True, ALL_ON_GPU), (False, Placement()), (True, Placement())],
+    params=[
+        (False, ALL_ON_GPU),
+        (True, ALL_ON_GPU),
+        (False, EngineOptions()),
+        (True, EngineOptions()),
+    ],
     ids=["plain", "dynamic VRAM", "plain, tabled", "dynamic VRAM, tabled"],
 )
 def engine(request: pytest.FixtureRequest) -> Any:
-    dynamic_vram, placement = request.param
-    yield engine_over(stock_flux(), dynamic_vram, placement=placement)
+    dynamic_vram, options = request.param
+    yield engine_over(stock_flux(), dynamic_vram, options=options)
     mm.unload_all_models()
 
 
@@ -144,7 +149,7 @@ def test_little_memory_lets_plans_take_turns(stock: Any, engine: EnginePatcher) 
 
 def test_users_limit_is_the_engine_s_size(stock: Any) -> None:
     limit = TorchEngine.weight_bytes // 2
-    engine = engine_over(stock_flux(), placement=Placement(engine_limit=limit))
+    engine = engine_over(stock_flux(), options=EngineOptions(engine_limit=limit))
     assert engine.model_size() == torch_bytes(engine) + limit
     assert (sample(engine) - sample(stock)).abs().max() <= TOLERANCE
     assert engine.model.engine.resident_bytes == limit

@@ -21,7 +21,7 @@ import comfy.model_management as mm  # noqa: E402
 import comfy.sd  # noqa: E402
 from comfy.patcher_extension import WrappersMP  # noqa: E402
 from engine_sampling import condition, lora_of, sample, stock_flux  # noqa: E402
-from flux_fp4.nodes.engine_model import Placement, build_engine_model  # noqa: E402
+from flux_fp4.nodes.engine_model import EngineOptions, build_engine_model  # noqa: E402
 from flux_fp4.nodes.engine_patcher import EnginePatcher  # noqa: E402
 from flux_fp4.nodes.errors import (  # noqa: E402
     CheckpointWeightsError,
@@ -279,12 +279,12 @@ def test_wrong_weights_are_refused_by_name(engine: EnginePatcher) -> None:
     model = engine.model
     config, checkpoint = model.model_config.unet_config, model.checkpoint
     with pytest.raises(CheckpointWeightsError, match=r"img_in\.bias") as error:
-        build_engine_model(config, weights, model.engine, {}, checkpoint, 77, CPU, Placement())
+        build_engine_model(config, weights, model.engine, {}, checkpoint, 77, CPU, EngineOptions())
     assert error.value.missing == ["img_in.bias"]
     weights["img_in.bias"] = torch.zeros(128)
     weights["img_in.lora"] = torch.zeros(1)
     with pytest.raises(CheckpointWeightsError, match=r"img_in\.lora"):
-        build_engine_model(config, weights, model.engine, {}, checkpoint, 77, CPU, Placement())
+        build_engine_model(config, weights, model.engine, {}, checkpoint, 77, CPU, EngineOptions())
 
 
 def test_config_looks_like_stock(stock: Any, engine: EnginePatcher) -> None:

@@ -24,7 +24,7 @@ import comfy.model_management as mm  # noqa: E402
 import comfy.sample  # noqa: E402
 import comfy.sd  # noqa: E402
 from flux_fp4.nodes.calibration import model_space_latents, prompts_of  # noqa: E402
-from flux_fp4.nodes.engine_model import Placement  # noqa: E402
+from flux_fp4.nodes.engine_model import EngineOptions  # noqa: E402
 from flux_fp4.nodes.stages import load_engine_model  # noqa: E402
 
 SPEC = BuildSpec(
@@ -99,7 +99,7 @@ def test_engine_predicts_nearly_what_stock_flux2_does(source: Path, engine: Path
     metadata = QuantizedCheckpoint.read(engine.parent / "tiny.safetensors").metadata
     assert metadata.variant == source.stem
     stock = comfy.sd.load_diffusion_model(str(source))
-    model = load_engine_model(str(engine), "reference", Placement())
+    model = load_engine_model(str(engine), "reference", EngineOptions())
     noise = comfy.sample.prepare_noise(torch.zeros(1, 128, *SIZE), seed=5)
     # one Euler step from pure noise: the result less the noise is the velocity
     expected, actual = (sample(patcher, steps=1) - noise for patcher in (stock, model))

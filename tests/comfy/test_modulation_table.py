@@ -16,7 +16,7 @@ import comfy.model_management as mm  # noqa: E402
 import comfy.sd  # noqa: E402
 from engine_sampling import condition, lora_of, sample, stock_flux  # noqa: E402
 from flux_fp4.nodes import modulation_table  # noqa: E402
-from flux_fp4.nodes.engine_model import Placement  # noqa: E402
+from flux_fp4.nodes.engine_model import EngineOptions  # noqa: E402
 from flux_fp4.nodes.engine_patcher import EnginePatcher  # noqa: E402
 from flux_fp4.nodes.modulation_table import ModulationTable  # noqa: E402
 from flux_fp4.quant.recipe import Format  # noqa: E402
@@ -29,8 +29,8 @@ MODULATION = ("double_blocks.1.txt_mod.lin.weight", "single_blocks.2.modulation.
 
 
 def engine_flux(tabled: bool, modulation: Format = "bf16") -> EnginePatcher:
-    placement = Placement(precompute_modulation=tabled)
-    return engine_over(stock_flux(), modulation=modulation, placement=placement)
+    options = EngineOptions(precompute_modulation=tabled)
+    return engine_over(stock_flux(), modulation=modulation, options=options)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import comfy.memory_management
 import pytest
 import torch
 from comfy.ldm.flux.layers import DoubleStreamBlock, ModulationOut, SingleStreamBlock
-from flux_fp4.nodes.engine_model import Placement, build_engine_model
+from flux_fp4.nodes.engine_model import EngineOptions, build_engine_model
 from flux_fp4.nodes.engine_patcher import EnginePatcher
 from flux_fp4.quant.flux.config import block_linears
 from flux_fp4.quant.modulation import is_modulation_weight, stored_modulation
@@ -19,7 +19,7 @@ from flux_fp4.quant.recipe import Format
 from flux_fp4.trt_runtime.selection import Selection
 from torch import Tensor
 
-DEFAULT = Placement()
+DEFAULT = EngineOptions()
 
 
 class TorchEngine:
@@ -133,7 +133,7 @@ def engine_over(
     stock: Any,
     dynamic_vram: bool = False,
     modulation: Format = "bf16",
-    placement: Placement = DEFAULT,
+    options: EngineOptions = DEFAULT,
 ) -> EnginePatcher:
     """Make an engine-backed MODEL that computes with the blocks of a stock model, using it up."""
     flux, config = stock.model.diffusion_model, stock.model.model_config
@@ -153,7 +153,7 @@ def engine_over(
             checkpoint,
             77,
             cpu,
-            placement,
+            options,
         )
     return EnginePatcher(model, cpu, cpu)
 

@@ -40,6 +40,11 @@ class ExecutionContextAllocationStrategy(enum.Enum):
     USER_MANAGED = 1
 
 
+class CudaGraphStrategy(enum.Enum):
+    DISABLED = 0
+    WHOLE_GRAPH_CAPTURE = 1
+
+
 class EngineValidity(enum.IntEnum):
     VALID = 0
     SUBOPTIMAL = 1
@@ -77,10 +82,14 @@ class FakeLibrary:
     alive: set[str] = field(default_factory=set)
     """Engines and contexts that exist."""
 
+    graphs: list[CudaGraphStrategy] = field(default_factory=list)
+    """What each context was made with."""
+
     invalid: int | None = None
     """Diagnostics of every plan; None: plans are valid."""
 
     DataType = DataType
+    CudaGraphStrategy = CudaGraphStrategy
     EngineValidity = EngineValidity
     EngineInvalidityDiagnostics = EngineInvalidityDiagnostics
     TensorIOMode = TensorIOMode
@@ -163,6 +172,8 @@ class FakeEngine:
             return None
         strategy = config.strategy if isinstance(config, FakeConfig) else config
         self.library.calls.append(("context", self.entry.block, strategy))
+        if isinstance(config, FakeConfig):
+            self.library.graphs.append(config.cuda_graph_strategy)
         return FakeContext(self)
 
 
@@ -170,6 +181,7 @@ class FakeConfig:
     def __init__(self, library: FakeLibrary) -> None:
         self.library = library
         self.strategy = ExecutionContextAllocationStrategy.STATIC
+        self.cuda_graph_strategy = CudaGraphStrategy.DISABLED
 
     def set_execution_context_allocation_strategy(
         self, strategy: ExecutionContextAllocationStrategy

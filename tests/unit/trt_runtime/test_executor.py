@@ -71,6 +71,18 @@ def test_library_without_kernel_cache_gets_the_strategy_itself(
     assert list(engine_copy.glob("*.cache")) == []
 
 
+@pytest.mark.parametrize(("on", "expected"), [(False, "DISABLED"), (True, "WHOLE_GRAPH_CAPTURE")])
+def test_cuda_graphs_are_switched_by_the_caller(
+    engine_copy: Path, manifest: EngineManifest, library: FakeLibrary, on: bool, expected: str
+) -> None:
+    cuda = FakeCuda(library.calls)
+    executor = TensorRTExecutor(engine_copy, manifest, library.backend(), cuda, cuda_graphs=on)
+    executor.load(CPU)
+    assert [strategy.name for strategy in library.graphs] == [expected, expected]
+    assert hasattr(load_backend("tensorrt_rtx").module.CudaGraphStrategy, expected)
+    assert load_backend("tensorrt_rtx").has_cuda_graphs
+
+
 def test_run_sets_shapes_memory_addresses_and_executes_in_order(
     executor: TensorRTExecutor, library: FakeLibrary, manifest: EngineManifest
 ) -> None:
