@@ -174,7 +174,7 @@ class TensorRTExecutor:
             EngineNotLoadedError: load() was not called.
             ExecutionError: TensorRT refused shapes or launch.
         """
-        loaded = self._context_of(block)
+        loaded = self._pool.present(block) or self._take_turn(block)
         if loaded is None or self._scratch is None:
             raise EngineNotLoadedError(block)
         # alive until the end of this call, by when the current stream waits for the engine's
@@ -228,15 +228,12 @@ class TensorRTExecutor:
     def _for_plans(self, limit: int | None) -> int | None:
         return None if limit is None else limit - self._factors.bytes
 
-    def _context_of(self, block: str) -> PlanContext | None:
+    def _take_turn(self, block: str) -> PlanContext | None:
         if not self.loaded:
             return None
         with self._cuda.activated(self._device):
-            found = self._pool.get(block)
-        if found is None:
-            return None
-        context, is_new = found
-        if is_new:
+            context = self._pool.take_turn(block)
+        if context is not None:
             context.set_factors(self._factors.inputs_of(block))
         return context
 

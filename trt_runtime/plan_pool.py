@@ -58,11 +58,12 @@ class PlanPool:
             self._contexts[block] = self._open(self._entries[block])
         return loaded
 
-    def get(self, block: str) -> tuple[PlanContext, bool] | None:
-        """Return a block's context and whether it was loaded just now; None: no such block."""
-        present = self._contexts.get(block)
-        if present is not None:
-            return present, False
+    def present(self, block: str) -> PlanContext | None:
+        """Return a block's context if it is loaded."""
+        return self._contexts.get(block)
+
+    def take_turn(self, block: str) -> PlanContext | None:
+        """Load a block into the place that others had before; None: there is no such block."""
         if block not in self._entries:
             return None
         if self._guest is not None:
@@ -70,7 +71,7 @@ class PlanPool:
             self._drop(self._guest)
         self._contexts[block] = self._open(self._entries[block])
         self._guest = block
-        return self._contexts[block], True
+        return self._contexts[block]
 
     def contexts(self) -> Iterator[tuple[str, PlanContext]]:
         """Yield what is loaded."""

@@ -13,7 +13,9 @@ from comfy_in_process import import_comfyui
 import_comfyui()
 
 import comfy.model_management as mm  # noqa: E402
-from engine_sampling import sample, stock_flux  # noqa: E402
+import comfy.model_patcher  # noqa: E402
+import comfy.sd  # noqa: E402
+from engine_sampling import lora_of, sample, stock_flux  # noqa: E402
 from flux_fp4.nodes.engine_model import EngineOptions  # noqa: E402
 from flux_fp4.nodes.engine_patcher import EnginePatcher  # noqa: E402
 from torch_engine import TorchEngine, engine_over  # noqa: E402
@@ -193,3 +195,104 @@ def test_dropped_model_leaves_no_engine_behind() -> None:
     del patcher
     mm.cleanup_models()
     assert plans() is None  # by reference counting alone: no cycles, no delay
+
+
+# A device with a budget: ComfyUI decides, the engine obeys.
+
+DEVICE = torch.device("cpu:0")
+"""Not equal to ``cpu``, for which ComfyUI manages nothing, and tensors can be there."""
+
+MB = 1_000_000
+
+
+class Budget:
+    """Stands for the memory of a GPU: what is loaded is not free."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.models: list[comfy.model_patcher.ModelPatcher] = []
+
+    @property
+    def used(self) -> float:
+        # clones share a model; ComfyUI's own list lacks a model while it is being loaded
+        return sum({id(m.model): m.loaded_size() for m in self.models}.values())
+
+    def free(self, _device: Any = None, torch_free_too: bool = False) -> Any:
+        left = self.size - self.used
+        return (left, 0) if torch_free_too else left
+
+    def engine(self) -> EnginePatcher:
+        engine = engine_over(stock_flux())
+        engine.load_device = DEVICE
+        self.models.append(engine)
+        return engine
+
+    def other_model(self, size: int) -> comfy.model_patcher.ModelPatcher:
+        module = torch.nn.Linear(size // 4, 1, bias=False)
+        self.models.append(comfy.model_patcher.ModelPatcher(module, DEVICE, CPU))
+        return self.models[-1]
+
+
+@pytest.fixture
+def budget(monkeypatch: pytest.MonkeyPatch) -> Any:
+    budget = Budget(8 * MB)
+    monkeypatch.setattr(mm, "get_free_memory", budget.free)
+    monkeypatch.setattr(mm, "minimum_inference_memory", lambda: 0)
+    monkeypatch.setattr(mm, "extra_reserved_memory", lambda: 0)
+    monkeypatch.setattr(mm, "is_device_cpu", lambda device: False)
+    monkeypatch.setattr(mm, "lowvram_available", True)
+    monkeypatch.setattr(mm, "vram_state", mm.VRAMState.NORMAL_VRAM)
+    yield budget
+    mm.unload_all_models()
+
+
+def test_another_model_evicts_plans_first_and_sampling_brings_them_back(
+    stock: Any, budget: Budget
+) -> None:
+    engine, other = budget.engine(), budget.other_model(3 * MB)
+    plans = engine.model.engine
+    mm.load_models_gpu([engine])
+    assert engine.loaded_size() == engine.model_size()
+    mm.load_models_gpu([other])
+    assert plans.loaded
+    assert 0 < plans.resident_bytes < TorchEngine.weight_bytes
+    assert budget.used <= budget.size
+    mm.load_models_gpu([engine])
+    assert engine.loaded_size() == engine.model_size()
+    assert budget.used <= budget.size
+    assert (sample(engine) - sample(stock)).abs().max() <= TOLERANCE
+    assert (plans.loads, plans.unloads) == (1, 0)
+
+
+def test_a_model_that_needs_all_unloads_the_engine(budget: Budget) -> None:
+    engine, other = budget.engine(), budget.other_model(7 * MB)
+    mm.load_models_gpu([engine])
+    mm.load_models_gpu([other])
+    assert not engine.model.engine.loaded
+    assert engine.loaded_size() == 0
+    assert budget.used <= budget.size
+
+
+@pytest.mark.parametrize("megabytes", [1, 2, 4, 6])
+def test_a_small_device_lets_plans_take_turns(stock: Any, budget: Budget, megabytes: int) -> None:
+    budget.size = megabytes * MB
+    engine = budget.engine()
+    mm.load_models_gpu([engine])
+    assert engine.model.engine.loaded
+    assert 0 < engine.model.engine.resident_bytes < TorchEngine.weight_bytes or megabytes == 6
+    # one place for a plan is the least that an engine takes
+    assert budget.used <= max(budget.size, TorchEngine.weight_bytes // 10)
+    assert (sample(engine) - sample(stock)).abs().max() <= TOLERANCE
+
+
+def test_a_clone_with_a_lora_stays_within_the_budget(budget: Budget) -> None:
+    engine = budget.engine()
+    mm.load_models_gpu([engine])
+    weights = lora_of("double_blocks.1.img_attn.qkv.weight")
+    patched = comfy.sd.load_lora_for_models(engine, None, weights, 0.2, 0)[0]
+    mm.load_models_gpu([patched])
+    assert budget.used <= budget.size
+    assert engine.model.engine.selection.adapters
+    mm.load_models_gpu([engine])
+    assert not engine.model.engine.selection.adapters
+    assert len(mm.current_loaded_models) == 1
