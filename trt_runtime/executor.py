@@ -16,18 +16,16 @@ from .driver import driver_version
 from .errors import (
     EngineNotLoadedError,
     ExecutionError,
-    PlanValidityError,
     VariantPlanMissingError,
 )
 from .manifest import EngineManifest, PlanEntry, check_plan
+from .plan_checks import check_signature, check_validity
 from .plan_context import TORCH_DTYPES, PlanContext, ScratchMemory, Shapes
 from .plan_pool import PlanPool, bytes_within
 from .runtime_cache import RuntimeCache, cache_name
 from .selection import Selection
 from .self_test import Machine
 from .variant_plans import SelectedPlan, selected_plans
-
-TRT_DTYPES = {"bf16": "BF16", "fp16": "HALF", "fp32": "FLOAT"}
 
 
 class TensorRTExecutor:
@@ -239,10 +237,10 @@ class TensorRTExecutor:
 
     def _opened(self, entry: PlanEntry) -> PlanContext:
         plan = self._plan(entry)
-        self._check_validity(entry, plan)
+        check_validity(self._backend.module, self._runtime, entry, plan)
         engine = self._runtime.deserialize_cuda_engine(plan)
         self._require(engine is not None, entry.block, "deserialize_cuda_engine")
-        self._check_signature(entry, engine)
+        check_signature(self._backend.module, entry, engine)
         context = self._context(engine)
         self._require(context is not None, entry.block, "create_execution_context")
         seen = self._seen.setdefault(entry.key, set())
@@ -259,39 +257,6 @@ class TensorRTExecutor:
         is_cuda = self._device.type == "cuda"
         gpu = torch.cuda.get_device_name(self._device) if is_cuda else str(self._device)
         return Machine(gpu, driver_version(), self._backend.label)
-
-    def _check_validity(self, entry: PlanEntry, plan: mmap.mmap) -> None:
-        """Ask TensorRT whether the plan can run here; it says more than a failed load does."""
-        trt = self._backend.module
-        if not hasattr(trt, "EngineInvalidityDiagnostics"):
-            return
-        validity, found = self._runtime.get_engine_validity(plan)
-        if validity != trt.EngineValidity.INVALID:
-            return
-        # each diagnostic is a bit; none at all means that nothing could be found out
-        members = trt.EngineInvalidityDiagnostics.__members__.items()
-        reasons = [name for name, member in members if int(member) & int(found)]
-        if "INSUFFICIENT_GPU_MEMORY" in reasons:
-            raise torch.OutOfMemoryError(f"TensorRT has no GPU memory for block '{entry.block}'")
-        if reasons:
-            raise PlanValidityError(entry.block, reasons)
-
-    def _check_signature(self, entry: PlanEntry, engine: Any) -> None:
-        """The addresses set later are raw pointers: names, directions and types must be right."""
-        trt = self._backend.module
-        found = {
-            (name, engine.get_tensor_mode(name), engine.get_tensor_dtype(name))
-            for name in (engine.get_tensor_name(i) for i in range(engine.num_io_tensors))
-        }
-        modes = ((trt.TensorIOMode.INPUT, entry.inputs), (trt.TensorIOMode.OUTPUT, entry.outputs))
-        expected = {
-            (spec.name, mode, getattr(trt.DataType, TRT_DTYPES[spec.dtype]))
-            for mode, specs in modes
-            for spec in specs
-        }
-        if found != expected:
-            names = sorted({name for name, _, _ in found ^ expected})
-            raise ExecutionError(entry.block, "its signature", [f"unexpected tensors {names}"])
 
     def _context(self, engine: Any) -> Any:
         strategy = self._backend.module.ExecutionContextAllocationStrategy.USER_MANAGED
