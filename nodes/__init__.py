@@ -12,6 +12,7 @@ from .inspect_checkpoint import Inspect
 from .load import LoadEngine
 from .native import SaveNative
 from .paths import register_model_folder
+from .preflight import Preflight
 from .quantize import Quantize, QuantizeModel
 
 
@@ -23,6 +24,7 @@ class FluxFP4Extension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
+            Preflight,
             CalibrationSamples,
             Quantize,
             QuantizeModel,

@@ -101,7 +101,7 @@ class EngineFromCheckpoint(io.ComfyNode):
         options = options_from(recipe, fp8_attention, **advanced)
         spec = build_spec(target, max_megapixels, max_batch, max_text_tokens)
         progress = NodeProgress(cls.hidden.unique_id)
-        quantized = _quantized(checkpoint, options, samples, progress)
+        quantized = _quantized(checkpoint, options, target, samples, progress)
         stages.export(quantized, progress)
         folder, _ = stages.build(quantized, spec, workers, progress)
         loading = engine_options(lora, modulation_memory, engine_memory, cuda_graphs)
@@ -137,9 +137,11 @@ def quantized_name(checkpoint: str, options: QuantizeOptions) -> str:
     return "-".join(parts)
 
 
-def _quantized(checkpoint: str, options: QuantizeOptions, samples: Any, progress: Any) -> Path:
+def _quantized(
+    checkpoint: str, options: QuantizeOptions, target: str, samples: Any, progress: Any
+) -> Path:
     from ..quant.sources.source import open_source
-    from . import stages
+    from . import preflight, stages
 
     source = open_source(paths.source_checkpoint(checkpoint))
     name = quantized_name(checkpoint, options)
@@ -148,5 +150,6 @@ def _quantized(checkpoint: str, options: QuantizeOptions, samples: Any, progress
     if stages.up_to_date_checkpoint(source, destination, options, digest) is None:
         if samples is None:
             raise CalibrationMissingError(checkpoint, name)
+        preflight.require(source, options, target, destination.parent)
         stages.quantize(source, destination, samples, options, progress)
     return destination

@@ -200,6 +200,20 @@ class EngineModelError(NodeError):
         super().__init__(f"A FLUX FP4 engine {feature}. {next_step}")
 
 
+class PreflightError(NodeError):
+    """Something that would stop the work later, found before it begins.
+
+    Attributes:
+        what: What was to be made.
+        problems: What, limit and next step of each.
+    """
+
+    def __init__(self, what: str, problems: Sequence[str]) -> None:
+        self.what, self.problems = what, tuple(problems)
+        listed = "\n".join(f"- {problem}" for problem in self.problems)
+        super().__init__(f"'{what}' cannot be made on this machine. Nothing was begun.\n{listed}")
+
+
 class UnsupportedByEngineError(NodeError):
     """A sampling option reaches into the attention of a block, which runs inside the engine.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from .backend import Backend, Gpu, load_backend, probe_gpu
@@ -84,12 +85,38 @@ def build_engine(
 def _check_targets(backend: Backend, spec: BuildSpec, signatures: Sequence[BlockSignature]) -> None:
     for target in spec.targets:
         for signature in signatures:
-            check_formats(target, signature)
+            formats = BlockFormats(
+                signature.block,
+                bool(signature.fp4_linears),
+                bool(signature.fp8_linears),
+                signature.fp8_attention,
+                signature.high_precision,
+            )
+            check_formats(target, formats)
     if not backend.chooses_targets:
         _check_own_gpu(spec, probe_gpu())
 
 
-def check_formats(target: str, signature: BlockSignature) -> None:
+@dataclass(frozen=True)
+class BlockFormats:
+    """What a block has to be multiplied in.
+
+    Attributes:
+        block: Its name.
+        has_fp4: Whether there are NVFP4 Linears.
+        has_fp8: Whether there are FP8 Linears.
+        fp8_attention: Whether attention is in FP8.
+        high_precision: Type of everything else.
+    """
+
+    block: str
+    has_fp4: bool
+    has_fp8: bool
+    fp8_attention: bool
+    high_precision: str
+
+
+def check_formats(target: str, formats: BlockFormats) -> None:
     """Refuse what a target's tensor cores cannot multiply.
 
     TensorRT-RTX 1.7 would refuse it after loading all weights: "HW-specific datatypes".
@@ -100,22 +127,22 @@ def check_formats(target: str, signature: BlockSignature) -> None:
     """
     sm = int(target.removeprefix("sm"))
     without_fp8 = sm < FP8_MIN_SM
-    if signature.fp4_linears and target not in FP4_TARGETS:
+    if formats.has_fp4 and target not in FP4_TARGETS:
         raise FormatTargetError(
             target,
-            f"the NVFP4 weights of '{signature.block}'",
+            f"the NVFP4 weights of '{formats.block}'",
             f"one of {', '.join(FP4_TARGETS)}",
             f"recipe '{'bf16' if without_fp8 else 'fp8'}'",
         )
-    if signature.fp8_linears and without_fp8:
-        weights = f"the FP8 weights of '{signature.block}'"
+    if formats.has_fp8 and without_fp8:
+        weights = f"the FP8 weights of '{formats.block}'"
         raise FormatTargetError(target, weights, f"sm{FP8_MIN_SM} or newer", "recipe 'bf16'")
-    if signature.fp8_attention and without_fp8:
-        attention = f"the FP8 attention of '{signature.block}'"
+    if formats.fp8_attention and without_fp8:
+        attention = f"the FP8 attention of '{formats.block}'"
         raise FormatTargetError(
             target, attention, f"sm{FP8_MIN_SM} or newer", "switch FP8 attention off"
         )
-    if signature.high_precision == "bf16" and sm < BF16_MIN_SM:
+    if formats.high_precision == "bf16" and sm < BF16_MIN_SM:
         raise BuildSpecError(
             f"Target '{target}' cannot run bf16, which every recipe uses; choose sm{BF16_MIN_SM} "
             "or newer."

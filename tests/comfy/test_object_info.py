@@ -20,6 +20,7 @@ NODE_IDS = {
     "FluxFP4ExportONNX",
     "FluxFP4Inspect",
     "FluxFP4LoadEngine",
+    "FluxFP4Preflight",
     "FluxFP4Quantize",
     "FluxFP4QuantizeModel",
     "FluxFP4SaveNative",
