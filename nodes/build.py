@@ -76,11 +76,12 @@ MAX_TEXT_TOKENS = io.Int.Input(
 )
 WORKERS = io.Int.Input(
     "workers",
-    default=1,
-    min=1,
+    default=0,
+    min=0,
     max=16,
     advanced=True,
-    tooltip="Build processes that run side by side. Each needs a CPU core and about 1 GB of RAM.",
+    tooltip="Build processes that run side by side. 0 chooses by free cores and memory; each takes "
+    "a core and about 1 GB of RAM. Lower it if memory runs out.",
 )
 
 

@@ -29,8 +29,8 @@ from .spec import (
     FP8_MIN_SM,
     BuildSpec,
 )
-from .store import locked, remove_temporaries
-from .worker_process import build_plans
+from .store import locked, make_folder, remove
+from .worker_pool import build_plans
 
 logger = logging.getLogger(__name__)
 
@@ -48,27 +48,29 @@ def build_engine(
         folder: A checkpoint's folder with its exported blocks.
         spec: What to build.
         progress: Called at least every 0.1 s while blocks are built; may raise to cancel.
-        workers: Number of build processes. For a double block each takes 0.8 GB at FLUX.1's size
-            in NVFP4 and 1.4 GB in bf16, at FLUX.2-dev's 1.7 GB in NVFP4 and 2.4 GB in FP8.
+        workers: Number of build processes, or `AUTOMATIC`. For a double block each takes 0.8 GB at
+            FLUX.1's size in NVFP4 and 1.4 GB in bf16, at FLUX.2-dev's 1.7 GB in NVFP4 and 2.4 GB in
+            FP8.
 
     Raises:
         EngineError: any of the build errors; plans that were finished before are kept.
     """
-    if workers < 1:
-        raise BuildSpecError(f"{workers} build processes were asked for; use at least 1.")
+    if workers < 0:
+        raise BuildSpecError(
+            f"{workers} build processes were asked for; use 1 or more, or 0 for automatic."
+        )
     backend = load_backend(spec.backend)
     signatures = read_block_folder(folder)
     _check_targets(backend, spec, signatures)
     _check_fp8_minimum(spec, signatures)
     engine_dir = folder / spec.folder_name
-    engine_dir.mkdir(exist_ok=True)
+    make_folder(engine_dir)
     total = len(signatures)
     started = time.monotonic()
     with locked(engine_dir, lambda: progress("Waiting for another build of this engine", 0, total)):
-        remove_temporaries(engine_dir)
         build = PlanBuild(engine_dir, spec, backend, signatures, progress, UNFINISHED)
         jobs = build.reuse((MANIFEST, UNFINISHED))
-        build_plans(jobs, workers, build.store, build.report)
+        build_plans(jobs, workers or build.automatic_workers(), build.store, build.report)
         manifest = build.manifest()
         _put_in_force(engine_dir, manifest)
     logger.info(
@@ -173,11 +175,11 @@ def _check_own_gpu(spec: BuildSpec, gpu: Gpu) -> None:
 def _put_in_force(engine_dir: Path, manifest: EngineManifest) -> None:
     """Store the manifest of a finished build, then delete plans that no manifest needs any more."""
     write_manifest(engine_dir / MANIFEST, manifest)
-    (engine_dir / UNFINISHED).unlink(missing_ok=True)
+    remove(engine_dir / UNFINISHED)
     variants = variants_manifest(engine_dir / VARIANTS, manifest)
     if variants is None:
-        (engine_dir / VARIANTS).unlink(missing_ok=True)
+        remove(engine_dir / VARIANTS)
     current = {entry.file for entry in (*manifest.blocks, *(variants.blocks if variants else ()))}
     for path in plan_files(engine_dir):
         if path.name not in current:
-            path.unlink()
+            remove(path)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 BUILD_NODE = '"Build TensorRT Engine"'
 EXPORT_NODE = '"Export FLUX FP4 to ONNX"'
+OUT_OF_MEMORY = "killed for want of memory"
 
 
 class EngineError(Exception):
@@ -97,14 +98,30 @@ class BlocksMixedError(EngineError):
         )
 
 
-class DiskFullError(EngineError):
-    """A file did not fit; nothing with its final name was left."""
+class StorageError(EngineError):
+    """A file could not be written; nothing incomplete with its final name was left."""
+
+
+class DiskFullError(StorageError):
+    """A file did not fit."""
 
     def __init__(self, path: Path, needed_bytes: int, free_bytes: int) -> None:
         self.path, self.needed_bytes, self.free_bytes = path, needed_bytes, free_bytes
         super().__init__(
             f"'{path.name}' needs {needed_bytes} bytes, but the disk takes no more "
             f"({free_bytes} bytes free in '{path.parent.name}'). Free some space and run the step "
+            "again; finished blocks are kept."
+        )
+
+
+class FileWriteError(StorageError):
+    """The system refused to write for another reason than a full disk."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        self.path, self.reason = path, reason
+        super().__init__(
+            f"'{path.name}' cannot be written into the folder '{path.parent.name}': {reason}. "
+            "Check that ComfyUI may write there and that the disk is in order, then run the step "
             "again; finished blocks are kept."
         )
 
@@ -138,14 +155,18 @@ class EngineLintError(EngineError):
 
 
 class WorkerDiedError(EngineError):
-    """The build process ended without an answer."""
+    """The process of a block was lost, and so was the second one, which ran alone."""
 
-    def __init__(self, block: str, cause: str, log_tail: Sequence[str]) -> None:
-        self.block, self.cause, self.log_tail = block, cause, tuple(log_tail)
+    def __init__(self, block: str, first_cause: str, cause: str, log_tail: Sequence[str]) -> None:
+        self.block, self.first_cause, self.cause = block, first_cause, cause
+        self.log_tail = tuple(log_tail)
         tail = " | ".join(self.log_tail) or "no output"
+        memory = OUT_OF_MEMORY in first_cause + cause
+        remedy = "Close other programs or lower 'workers', then run" if memory else "Run"
         super().__init__(
-            f"The build process died at block '{block}' ({cause}). Last output: {tail}. "
-            f"Run {BUILD_NODE} again; finished blocks are kept."
+            f"Block '{block}' cannot be built: the build process was lost ({first_cause}), and "
+            f"again when it ran alone ({cause}). Last output: {tail}. {remedy} {BUILD_NODE} "
+            "again; finished blocks are kept."
         )
 
 

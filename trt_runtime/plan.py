@@ -58,9 +58,18 @@ class PlanFactory:
     be ignored.
     """
 
-    def __init__(self, backend: str, report: Callable[[str], None]) -> None:
+    def __init__(
+        self, backend: str, report: Callable[[str], None], heartbeat: Callable[[], None]
+    ) -> None:
+        """Load the library.
+
+        Args:
+            backend: Its name.
+            report: Takes warnings and errors of the library.
+            heartbeat: Called with every message of the library, from any thread.
+        """
         self.backend = load_backend(backend)
-        self.report = report
+        self.report, self.heartbeat = report, heartbeat
         self.messages: list[str] = []
         self.faults: list[str] = []
         self.logger = self._logger()
@@ -77,6 +86,7 @@ class PlanFactory:
 
     def record(self, severity: int, message: str) -> None:
         """Keep what the lint reads and what explains a failure; the rest is thousands of lines."""
+        self.heartbeat()
         levels = self.backend.module.ILogger
         if severity <= int(levels.ERROR):
             self.faults.append(message)
@@ -91,7 +101,7 @@ class PlanFactory:
         Raises:
             PlanBuildError: the parser or the builder refused the block.
             EngineLintError: the plan would not run in its formats; nothing was written.
-            DiskFullError: nothing with the plan's name was written.
+            StorageError: nothing with the plan's name was written.
         """
         self.messages.clear()
         self.faults.clear()

@@ -21,6 +21,7 @@ from .manifest import (
 )
 from .plan import SETTINGS_VERSION, BuildJob, BuiltPlan
 from .progress import Progress
+from .resources import automatic_workers
 from .signature import BlockSignature
 from .spec import BuildSpec, ShapeProfile
 
@@ -73,6 +74,12 @@ class PlanBuild:
                 self.wanted[signature.block] = wanted
                 jobs.append(self._job(signature, wanted))
         return jobs
+
+    def automatic_workers(self) -> int:
+        """Return how many of the wanted blocks this machine can build side by side."""
+        wanted = [s for s in self.signatures if s.block in self.wanted]
+        weights = [sum(entry.length for entry in s.ranges) for s in wanted]
+        return automatic_workers(max(weights)) if weights else 1
 
     def store(self, plan: BuiltPlan) -> None:
         """Record a stored plan, so that the next build resumes after it."""

@@ -10,7 +10,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from .digest import digest_of_bytes
-from .errors import DiskFullError
+from .errors import StorageError
 from .store import write_atomic
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class RuntimeCache:
                 write_atomic(self.path, MAGIC + header.encode() + b"\n" + blob)
         except Timeout:
             logger.debug("%s is being written by another process", self.path.name)
-        except (OSError, DiskFullError) as error:
+        except (OSError, StorageError) as error:
             logger.warning("Compiled kernels were not stored: %s", error)
 
     def close(self) -> None:

@@ -19,7 +19,7 @@ import torch
 
 from .contract import OUTPUTS
 from .digest import digest_of_fields
-from .errors import SelfTestError
+from .errors import SelfTestError, StorageError
 from .manifest import EngineManifest, PlanEntry
 from .reference import session_from_onnx
 from .signature import read_signature
@@ -125,7 +125,7 @@ class SelfTest:
         passed = {**self._passed(), self._key(machine): {**asdict(machine), "sqnr_db": results}}
         try:
             write_atomic(self.engine_dir / RECORD, json.dumps(passed, indent=1).encode())
-        except OSError as error:
+        except StorageError as error:
             logger.warning("The self-test will run again with the next start: %s", error)
 
     def _write_report(self, machine: Machine, results: Mapping[str, float]) -> Path:
@@ -143,7 +143,11 @@ class SelfTest:
             "system": platform.platform(),
         }
         path = self.engine_dir / REPORT
-        write_atomic(path, json.dumps(report, indent=1).encode())
+        try:
+            write_atomic(path, json.dumps(report, indent=1).encode())
+        except StorageError as error:
+            # the refusal of the engine matters more
+            logger.warning("The report on the failed self-test is lost: %s", error)
         return path
 
 

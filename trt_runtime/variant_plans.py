@@ -31,8 +31,8 @@ from .plan_build import PlanBuild
 from .progress import Progress
 from .selection import Selection
 from .signature import BlockSignature, read_signature
-from .store import locked, remove_temporaries
-from .worker_process import build_plans
+from .store import locked, make_folder
+from .worker_pool import build_plans
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def build_selected(
         engine_dir: Folder with the engine's manifest; the ONNX files are in its parent.
         selection: What shall run.
         progress: Called at least every 0.1 s while blocks are built; may raise to cancel.
-        workers: Number of build processes.
+        workers: Number of build processes, or `AUTOMATIC`.
 
     Raises:
         EngineVersionError: The engine was built with another library release.
@@ -102,7 +102,7 @@ def build_selected(
     if baked:
         assert selection.baked is not None
         plan_dir = selection.baked.plan_dir(engine_dir)
-        plan_dir.mkdir(exist_ok=True)
+        make_folder(plan_dir)
         _build(engine, selection.baked.folder, plan_dir, BAKED, baked, progress, workers)
 
 
@@ -143,7 +143,6 @@ def _build(
         raise EngineVersionError(engine.built_with, backend.label)
     total = len(names)
     with locked(plan_dir, lambda: progress("Waiting for another build of these plans", 0, total)):
-        remove_temporaries(plan_dir)
         kept = _usable(plan_dir, record, engine)
         signatures = [
             form_signature(folder, name, engine.checkpoint_digest)
@@ -152,7 +151,7 @@ def _build(
         ]
         build = PlanBuild(plan_dir, engine.spec, backend, signatures, progress, record)
         jobs = build.reuse((record,))
-        build_plans(jobs, workers, build.store, build.report)
+        build_plans(jobs, workers or build.automatic_workers(), build.store, build.report)
         write_manifest(plan_dir / record, build.manifest())
     logger.info("Built %d plans besides those of %s", len(jobs), folder.name)
 

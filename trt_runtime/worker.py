@@ -15,11 +15,14 @@ import os
 import queue
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any, TextIO
 
 PACKAGE = "_flux_fp4_build_worker"
 """Private name of trt_runtime in this process."""
+
+HEARTBEAT_SECONDS = 1.0
 
 
 def load_package() -> None:
@@ -48,14 +51,38 @@ def report(message: str) -> None:
     sys.stderr.flush()
 
 
-def answers() -> TextIO:
+class Protocol:
+    """The pipe to the parent; TensorRT's messages may come from any thread."""
+
+    def __init__(self) -> None:
+        self._pipe = _take_standard_output()
+        self._lock = threading.Lock()
+        self._messages = 0
+        self._last = 0.0
+
+    def send(self, answer: dict[str, Any]) -> None:
+        """Write one answer."""
+        with self._lock:
+            self._pipe.write(json.dumps(answer) + "\n")
+            self._pipe.flush()
+
+    def count_message(self) -> None:
+        """Tell the parent how many messages TensorRT has given: it is at work."""
+        self._messages += 1
+        now = time.monotonic()
+        if now - self._last >= HEARTBEAT_SECONDS:
+            self._last = now
+            self.send({"messages": self._messages})
+
+
+def _take_standard_output() -> TextIO:
     """Return the pipe to the parent, and send what native code prints to standard error instead."""
-    protocol = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    pipe = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    return protocol
+    return pipe
 
 
-def serve(jobs: queue.SimpleQueue[dict[str, Any]], protocol: TextIO) -> None:
+def serve(jobs: queue.SimpleQueue[dict[str, Any]], protocol: Protocol) -> None:
     """Answer jobs until the process ends."""
     plan = importlib.import_module(f"{PACKAGE}.plan")
     errors = importlib.import_module(f"{PACKAGE}.errors")
@@ -65,13 +92,12 @@ def serve(jobs: queue.SimpleQueue[dict[str, Any]], protocol: TextIO) -> None:
         job = plan.BuildJob(**fields)
         report(f"building {job.block}")
         try:
-            factory = factory or plan.PlanFactory(job.backend, report)
+            factory = factory or plan.PlanFactory(job.backend, report, protocol.count_message)
             answer = {"built": vars(factory.build(job))}
         except errors.EngineError as error:
             arguments = {key: _plain(value) for key, value in vars(error).items()}
             answer = {"error": type(error).__name__, "arguments": arguments}
-        protocol.write(json.dumps(answer) + "\n")
-        protocol.flush()
+        protocol.send(answer)
 
 
 def _plain(value: Any) -> Any:
@@ -85,7 +111,7 @@ def main() -> None:
     folder = str(Path(__file__).resolve().parent)
     sys.path[:] = [entry for entry in sys.path if entry != folder]
     faulthandler.enable()
-    protocol = answers()
+    protocol = Protocol()
     jobs: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
     threading.Thread(target=read_jobs, args=(jobs,), daemon=True).start()
     load_package()

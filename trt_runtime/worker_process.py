@@ -1,4 +1,4 @@
-"""The parent's side of the build processes: start, feed, watch and kill them."""
+"""The parent's side of a build process: start, feed, watch and kill it."""
 
 from __future__ import annotations
 
@@ -12,20 +12,17 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from . import errors
-from .errors import EngineError, WorkerDiedError
+from .errors import OUT_OF_MEMORY, EngineError
+from .liveness import Liveness
 from .plan import BuildJob, BuiltPlan
+from .resources import GIB
 
 logger = logging.getLogger(__name__)
-
-POLL_SECONDS = 0.1
-"""How often progress is called, and so how fast a cancel is felt."""
 
 KILL_SECONDS = 10.0
 LOG_TAIL_LINES = 8
@@ -33,6 +30,15 @@ LOG_TAIL_BYTES = 4096
 WORKER_SCRIPT = Path(__file__).with_name("worker.py")
 
 Events = queue.SimpleQueue[tuple["BuildWorker", "dict[str, Any] | None"]]
+
+
+@dataclass(frozen=True)
+class LostWorker:
+    """A process that ended or hung before it answered."""
+
+    job: BuildJob
+    cause: str
+    log_tail: list[str]
 
 
 class BuildWorker:
@@ -53,6 +59,7 @@ class BuildWorker:
             start_new_session=sys.platform != "win32",
             creationflags=_creation_flags(),
         )
+        self._liveness = Liveness(self._process.pid)
         self._reader = threading.Thread(target=self._read, args=(events,), daemon=True)
         self._reader.start()
 
@@ -64,6 +71,7 @@ class BuildWorker:
     def submit(self, job: BuildJob) -> None:
         """Give the idle worker a block."""
         self.job = job
+        self._liveness.begin()
         stdin = self._process.stdin
         assert stdin is not None
         try:
@@ -73,32 +81,59 @@ class BuildWorker:
             # it died before it read the job; its end of output is reported through the events
             return
 
-    def kill(self) -> None:
-        """End the process and everything in its group, and release pipes and log."""
-        stdin, stdout = self._process.stdin, self._process.stdout
+    def signal(self) -> None:
+        """Tell the process and everything in its group to end at once, without waiting for it."""
+        stdin = self._process.stdin
         assert stdin is not None
-        assert stdout is not None
         # Windows: a venv's python.exe is a launcher; the real worker ends itself at end of input
         with contextlib.suppress(OSError):
             stdin.close()
-        self._signal()
-        self._process.wait(KILL_SECONDS)
-        self._reader.join(KILL_SECONDS)
-        stdout.close()
-        self._log.close()
-
-    def died(self) -> WorkerDiedError:
-        """Describe the end of a process that closed its output."""
-        code = self._process.wait(KILL_SECONDS)
-        block = self.job.block if self.job else ""
-        return WorkerDiedError(block, exit_cause(code), self._log_tail())
-
-    def _signal(self) -> None:
         if sys.platform == "win32":
             self._process.kill()
         else:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
+
+    def kill(self) -> None:
+        """End the process, wait until it is gone, and release pipes and log."""
+        self.signal()
+        stdout = self._process.stdout
+        assert stdout is not None
+        if self._exit_code() is None:
+            logger.warning("The build process %d does not end, although it was killed", self.pid)
+        self._reader.join(KILL_SECONDS)
+        stdout.close()
+        self._log.close()
+
+    def died(self) -> LostWorker:
+        """Describe the end of a process that closed its output; its job is no longer in work."""
+        code = self._exit_code()
+        cause = "it closed its output without ending" if code is None else exit_cause(code)
+        if OUT_OF_MEMORY in cause:
+            seen = self._liveness
+            held = f"it held {seen.peak_bytes / GIB:.1f} GiB, " if seen.peak_bytes else ""
+            cause += f": {held}{seen.least_free} were free"
+        return self._lost(cause)
+
+    def hung(self) -> LostWorker | None:
+        """End the process if it shows no sign of life any more; its job is no longer in work."""
+        cause = self._liveness.hang()
+        if not cause:
+            return None
+        self.signal()
+        return self._lost(cause)
+
+    def _exit_code(self) -> int | None:
+        try:
+            return self._process.wait(KILL_SECONDS)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def _lost(self, cause: str) -> LostWorker:
+        assert self.job is not None
+        lost = LostWorker(self.job, cause, self._log_tail())
+        self.job = None
+        return lost
 
     def _log_tail(self) -> list[str]:
         size = self._log.seek(0, os.SEEK_END)
@@ -110,7 +145,11 @@ class BuildWorker:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             answer = _answer_from_line(line)
-            if answer is not None:
+            if answer is None:
+                continue
+            if "messages" in answer:
+                self._liveness.messages = answer["messages"]
+            else:
                 events.put((self, answer))
         events.put((self, None))
 
@@ -133,46 +172,8 @@ def exit_cause(code: int) -> str:
     if code >= 0:
         return f"exit code {code}" if code < 1 << 16 else f"exit code {code:#x}"
     name = signal.Signals(-code).name if -code in list(signal.Signals) else "unknown"
-    hint = ", most likely out of memory" if -code == 9 else ""
+    hint = f", most likely {OUT_OF_MEMORY}" if -code == 9 else ""
     return f"signal {-code} {name}{hint}"
-
-
-def build_plans(
-    jobs: Sequence[BuildJob],
-    workers: int,
-    built: Callable[[BuiltPlan], None],
-    heartbeat: Callable[[str], None],
-) -> None:
-    """Build all jobs; whatever is raised, by a worker or by a callback, no process is left.
-
-    Args:
-        jobs: The blocks to build.
-        workers: Number of processes.
-        built: Called for each stored plan, in the order they finish.
-        heartbeat: Called at least every 0.1 s with the blocks in work; it may raise to cancel.
-    """
-    pending, events = deque(jobs), Events()
-    pool: list[BuildWorker] = []
-    try:
-        for _ in range(min(workers, len(jobs))):
-            worker = BuildWorker(events)
-            pool.append(worker)
-            worker.submit(pending.popleft())
-        while any(worker.job for worker in pool):
-            heartbeat(", ".join(worker.job.block for worker in pool if worker.job))
-            try:
-                worker, answer = events.get(timeout=POLL_SECONDS)
-            except queue.Empty:
-                continue
-            if answer is None:
-                raise worker.died()
-            built(_plan_from_answer(answer))
-            worker.job = None
-            if pending:
-                worker.submit(pending.popleft())
-    finally:
-        for worker in pool:
-            worker.kill()
 
 
 def _answer_from_line(line: str) -> dict[str, Any] | None:
@@ -184,7 +185,8 @@ def _answer_from_line(line: str) -> dict[str, Any] | None:
         return None
 
 
-def _plan_from_answer(answer: dict[str, Any]) -> BuiltPlan:
+def plan_from_answer(answer: dict[str, Any]) -> BuiltPlan:
+    """Return what a worker has built, or raise the error that it reported."""
     if "built" in answer:
         return BuiltPlan(**answer["built"])
     kind, arguments = answer["error"], answer["arguments"]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from flux_fp4.tests.unit.trt_runtime.small_spec import SMALL_PROFILE, SMALL_SPEC, silent
+from flux_fp4.trt_runtime import plan_build
 from flux_fp4.trt_runtime.backend import Backend, load_backend
 from flux_fp4.trt_runtime.builder import BlockFormats, build_engine, check_formats
 from flux_fp4.trt_runtime.digest import digest_of_file
@@ -23,6 +24,7 @@ from flux_fp4.trt_runtime.errors import (
 )
 from flux_fp4.trt_runtime.manifest import load_manifest
 from flux_fp4.trt_runtime.plan_build import plan_key, profile_shapes
+from flux_fp4.trt_runtime.resources import AUTOMATIC
 from flux_fp4.trt_runtime.signature import read_signature
 from flux_fp4.trt_runtime.spec import BuildSpec
 
@@ -252,6 +254,21 @@ def test_two_workers_build_the_same_plans(engine_copy: Path) -> None:
     two = build_engine(engine_copy.parent, SMALL_SPEC, progress, workers=2)
     assert any("double_blocks.0, single_blocks.0" in phase for phase, _, _ in progress.calls)
     assert [e.key for e in one.blocks] == [e.key for e in two.blocks]
+
+
+def test_automatic_number_of_workers_is_that_of_the_machine(
+    blocks: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(plan_build, "automatic_workers", lambda size: asked.append(size) or 2)
+    progress = Recorder()
+    folder = blocks(depth=1, depth_single=1)
+    build_engine(folder, SMALL_SPEC, progress, workers=AUTOMATIC)
+    assert any("double_blocks.0, single_blocks.0" in phase for phase, _, _ in progress.calls)
+    ranges = read_signature(folder / "double_blocks.0.onnx").ranges
+    assert asked == [sum(entry.length for entry in ranges)]
+    with pytest.raises(BuildSpecError, match="-1 build processes"):
+        build_engine(folder, SMALL_SPEC, silent, workers=-1)
 
 
 def test_rebuild_keeps_the_old_engine_until_it_is_complete(engine_copy: Path) -> None:

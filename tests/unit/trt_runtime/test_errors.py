@@ -78,6 +78,12 @@ EXAMPLES: list[tuple[EngineError, str]] = [
         "some space and run the step again; finished blocks are kept.",
     ),
     (
+        errors.FileWriteError(ENGINE / "a.plan", "Read-only file system"),
+        "'a.plan' cannot be written into the folder 'sm120': Read-only file system. Check that "
+        "ComfyUI may write there and that the disk is in order, then run the step again; finished "
+        "blocks are kept.",
+    ),
+    (
         errors.PlanBuildError("single_blocks.3", ["node 'n': no"]),
         "TensorRT cannot build block 'single_blocks.3': node 'n': no. If the ONNX files are older "
         'than this version of the pack, run "Export FLUX FP4 to ONNX" again.',
@@ -89,9 +95,16 @@ EXAMPLES: list[tuple[EngineError, str]] = [
         "TensorRT version.",
     ),
     (
-        errors.WorkerDiedError("single_blocks.3", "signal 9 SIGKILL", ["building", "x"]),
-        "The build process died at block 'single_blocks.3' (signal 9 SIGKILL). Last output: "
-        'building | x. Run "Build TensorRT Engine" again; finished blocks are kept.',
+        errors.WorkerDiedError(
+            "single_blocks.3",
+            "signal 9 SIGKILL, most likely killed for want of memory: 0.2 of 23.5 GiB were free",
+            "signal 11 SIGSEGV",
+            ["building", "x"],
+        ),
+        "Block 'single_blocks.3' cannot be built: the build process was lost (signal 9 SIGKILL, "
+        "most likely killed for want of memory: 0.2 of 23.5 GiB were free), and again when it ran "
+        "alone (signal 11 SIGSEGV). Last output: building | x. Close other programs or lower "
+        "'workers', then run \"Build TensorRT Engine\" again; finished blocks are kept.",
     ),
     (
         errors.ManifestMissingError(ENGINE, 3, False),
@@ -158,5 +171,10 @@ def test_every_class_has_an_example() -> None:
         for value in vars(errors).values()
         if isinstance(value, type) and issubclass(value, EngineError)
     }
-    abstract = {EngineError, errors.EngineMismatchError, errors.BuildSpecError}
+    abstract = {
+        EngineError,
+        errors.EngineMismatchError,
+        errors.BuildSpecError,
+        errors.StorageError,
+    }
     assert classes - abstract == {type(error) for error, _ in EXAMPLES}

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from flux_fp4.trt_runtime.errors import DiskFullError
-from flux_fp4.trt_runtime.store import locked, remove_temporaries, write_atomic
+from flux_fp4.trt_runtime.errors import DiskFullError, FileWriteError
+from flux_fp4.trt_runtime.store import locked, remove, remove_temporaries, write_atomic
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -58,14 +58,14 @@ def test_full_disk_is_told_and_leaves_the_old_file(
     assert path.read_bytes() == b"old"
 
 
-def test_other_errors_pass_and_leave_nothing(
+def test_other_errors_are_told_and_leave_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def denied(source: Path, destination: Path) -> None:
         raise PermissionError(errno.EACCES, "denied")
 
     monkeypatch.setattr(os, "replace", denied)
-    with pytest.raises(PermissionError):
+    with pytest.raises(FileWriteError, match=r"'a\.plan' cannot be written.*denied"):
         write_atomic(tmp_path / "a.plan", b"x")
     assert list(tmp_path.iterdir()) == []
 
@@ -113,3 +113,23 @@ def test_waiting_for_the_lock_can_be_cancelled(tmp_path: Path) -> None:
         pass
     with locked(tmp_path, cancel):
         pass
+
+
+def test_leaving_the_lock_removes_what_a_killed_worker_left(tmp_path: Path) -> None:
+    with locked(tmp_path, lambda: None):
+        (tmp_path / ".a.plan.4711.tmp").write_bytes(b"half")
+    assert [path.name for path in tmp_path.iterdir()] == ["build.lock"]
+
+
+def test_file_that_cannot_be_deleted_does_not_fail_the_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = tmp_path / "a.plan"
+    plan.write_bytes(b"mapped by an engine, on Windows")
+
+    def denied(self: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(errno.EACCES, "The process cannot access the file")
+
+    monkeypatch.setattr(Path, "unlink", denied)
+    remove(plan)
+    assert "'a.plan' is no longer needed, but stays" in caplog.text

@@ -1,0 +1,95 @@
+"""Builds blocks in several processes; a block whose process is lost is built once more, alone."""
+
+from __future__ import annotations
+
+import logging
+import queue
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from .errors import WorkerDiedError
+from .plan import BuildJob, BuiltPlan
+from .worker_process import BuildWorker, Events, LostWorker, plan_from_answer
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.1
+"""How often the callback is called, and so how fast a cancel is felt."""
+
+
+def build_plans(
+    jobs: Sequence[BuildJob],
+    workers: int,
+    built: Callable[[BuiltPlan], None],
+    heartbeat: Callable[[str], None],
+) -> None:
+    """Build all jobs; whatever is raised, by a worker or by a callback, no process is left.
+
+    A process that dies or hangs costs one worker: if memory was short, fewer need less of it.
+
+    Args:
+        jobs: The blocks to build.
+        workers: Number of processes.
+        built: Called for each stored plan, in the order they finish.
+        heartbeat: Called at least every 0.1 s with the blocks in work; it may raise to cancel.
+
+    Raises:
+        WorkerDiedError: The process of a block was lost, and a second one as well.
+        EngineError: What a worker reported; such a block is not tried again.
+    """
+    pending = deque(jobs)
+    while pending:
+        for first in _build_until_loss(pending, workers, built, heartbeat):
+            workers = max(1, workers - 1)
+            block = first.job.block
+            logger.warning(
+                "The build process of block %s was lost (%s); it is built again, alone. Last "
+                "output: %s",
+                block,
+                first.cause,
+                " | ".join(first.log_tail) or "none",
+            )
+            again = _build_until_loss(
+                deque([first.job]), 1, built, lambda name: heartbeat(f"{name} again, alone")
+            )
+            for second in again:
+                raise WorkerDiedError(block, first.cause, second.cause, second.log_tail)
+
+
+def _build_until_loss(
+    pending: deque[BuildJob],
+    workers: int,
+    built: Callable[[BuiltPlan], None],
+    heartbeat: Callable[[str], None],
+) -> list[LostWorker]:
+    """Take jobs from `pending` until it is empty or a worker is lost; finish what is in work."""
+    events, lost = Events(), []
+    pool: list[BuildWorker] = []
+    try:
+        while pending and len(pool) < workers:
+            worker = BuildWorker(events)
+            pool.append(worker)
+            worker.submit(pending.popleft())
+        while busy := [worker for worker in pool if worker.job]:
+            heartbeat(", ".join(worker.job.block for worker in busy if worker.job))
+            lost += [loss for worker in busy if (loss := worker.hung()) is not None]
+            try:
+                worker, answer = events.get(timeout=POLL_SECONDS)
+            except queue.Empty:
+                continue
+            if worker.job is None:
+                # the end of one that was ended as hung
+                continue
+            if answer is None:
+                lost.append(worker.died())
+                continue
+            built(plan_from_answer(answer))
+            worker.job = None
+            if pending and not lost:
+                worker.submit(pending.popleft())
+    finally:
+        for worker in pool:
+            worker.signal()
+        for worker in pool:
+            worker.kill()
+    return lost
