@@ -8,7 +8,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
+from ..trt_runtime.resources import free_memory
 
 WINDOWS_MAX_PATH = 259
 """Characters that Windows takes without the long path option, which few have switched on."""
@@ -40,7 +40,7 @@ class Machine:
         existing = next(path for path in (folder, *folder.parents) if path.exists())
         return cls(
             sys.platform,
-            psutil.virtual_memory().available,
+            free_memory().free,
             shutil.disk_usage(existing).free,
             _write_fault(existing),
         )

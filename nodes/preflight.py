@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from ..quant.recipe import QuantizeOptions
     from ..quant.sources.source import FluxSource
 
-WORKER_BYTES = 10**9
-"""Main memory of a build process: 0.7 GB measured for FLUX.1-dev (`docs/benchmarks.md`)."""
-
 
 class Preflight(io.ComfyNode):
     """Says what quantizing a FLUX checkpoint and building its engine will take on this machine,
@@ -99,7 +96,7 @@ def problems(
     present = sum(file.stat().st_size for file in folder.glob("**/*") if file.is_file())
     disk = needs.disk if target else needs.checkpoint + needs.statistics
     found = folder_problems(machine, folder, max(0, disk - present))
-    found += memory_problems(machine, max(needs.memory, WORKER_BYTES if target else 0))
+    found += memory_problems(machine, max(needs.memory, _worker_bytes(needs) if target else 0))
     return found + (_target_problems(source, options, target) if target else [])
 
 
@@ -114,7 +111,7 @@ def report(source: FluxSource, options: QuantizeOptions, target: str, folder: Pa
         f"Quantize with {options.recipe.name}: {gigabytes(needs.checkpoint)} in '{folder.name}', "
         f"{gigabytes(needs.statistics)} of statistics; {gigabytes(needs.memory)} of main memory",
         f"Build for {target} ({gpus}) with {backend}: {len(source.config.block_names)} plans, "
-        f"about {gigabytes(needs.plans)}; {gigabytes(WORKER_BYTES)} of main memory for each worker",
+        f"about {gigabytes(needs.plans)}; {gigabytes(_worker_bytes(needs))} of main memory for each worker",
         f"Disk: {gigabytes(needs.disk)} needed, {gigabytes(machine.free_disk)} free. Main memory: "
         f"{gigabytes(machine.free_memory)} free",
         f"GPU of this machine: {_gpu_sentence(target)}",
@@ -122,6 +119,12 @@ def report(source: FluxSource, options: QuantizeOptions, target: str, folder: Pa
     found = problems(source, options, target, folder, needs)
     lines += [f"PROBLEM: {problem}" for problem in found] or ["Nothing stands in the way."]
     return "\n".join(lines)
+
+
+def _worker_bytes(needs: Needs) -> int:
+    from ..trt_runtime.resources import WORKER_BYTES
+
+    return WORKER_BYTES + 2 * needs.largest_plan
 
 
 def _target_problems(source: FluxSource, options: QuantizeOptions, target: str) -> list[str]:

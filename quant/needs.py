@@ -35,12 +35,14 @@ class Needs:
             Recipe `auto` decides between formats later and may need more.
         statistics: Of the calibration statistics, about.
         plans: Of all plans for one target, about.
+        largest_plan: Of the weights in the largest of them.
         memory: Main memory while a block is quantized, about.
     """
 
     checkpoint: int
     statistics: int
     plans: int
+    largest_plan: int
     memory: int
 
     @property
@@ -60,12 +62,20 @@ def needs_of(source: FluxSource, options: QuantizeOptions) -> Needs:
     formats = {linear: options.recipe.format_of(linear) for linear in linears}
     layout = checkpoint_layout(source, formats, options)
     in_plans = {name: entry for name, entry in layout.items() if is_in_plan(name)}
+    by_block: dict[str, Layout] = defaultdict(dict)
+    for name, entry in in_plans.items():
+        by_block[_block_of(name)][name] = entry
     return Needs(
         checkpoint=_bytes(layout),
         statistics=sum(_statistics_bytes(source, linear) for linear in linears),
         plans=round(PLAN_OVERHEAD * _bytes(in_plans)),
+        largest_plan=max(_bytes(block) for block in by_block.values()),
         memory=_memory_bytes(source, linears, options),
     )
+
+
+def _block_of(name: str) -> str:
+    return ".".join(name.split(".")[:2])
 
 
 def _bytes(layout: Layout) -> int:
@@ -83,7 +93,7 @@ def _memory_bytes(source: FluxSource, linears: list[str], options: QuantizeOptio
     by_block: dict[str, int] = defaultdict(int)
     for name, size in sizes.items():
         # modulation is loaded with its block
-        by_block[".".join(name.split(".")[:2])] += size
+        by_block[_block_of(name)] += size
     block = max(by_block[name] for name in source.config.block_names)
     largest = max(sizes[f"{linear}.weight"] for linear in linears)
     copies = COPIES[options.recipe.scale_search] + (options.recipe.low_rank is not None)
