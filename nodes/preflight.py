@@ -111,7 +111,8 @@ def report(source: FluxSource, options: QuantizeOptions, target: str, folder: Pa
         f"Quantize with {options.recipe.name}: {gigabytes(needs.checkpoint)} in '{folder.name}', "
         f"{gigabytes(needs.statistics)} of statistics; {gigabytes(needs.memory)} of main memory",
         f"Build for {target} ({gpus}) with {backend}: {len(source.config.block_names)} plans, "
-        f"about {gigabytes(needs.plans)}; {gigabytes(_worker_bytes(needs))} of main memory for each worker",
+        f"about {gigabytes(needs.plans)}; {gigabytes(_worker_bytes(needs))} of main memory for each "
+        "worker",
         f"Disk: {gigabytes(needs.disk)} needed, {gigabytes(machine.free_disk)} free. Main memory: "
         f"{gigabytes(machine.free_memory)} free",
         f"GPU of this machine: {_gpu_sentence(target)}",
