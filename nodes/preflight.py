@@ -111,7 +111,7 @@ def report(source: FluxSource, options: QuantizeOptions, target: str, folder: Pa
         f"Quantize with {options.recipe.name}: {gigabytes(needs.checkpoint)} in '{folder.name}', "
         f"{gigabytes(needs.statistics)} of statistics; {gigabytes(needs.memory)} of main memory",
         f"Build for {target} ({gpus}) with {backend}: {len(source.config.block_names)} plans, "
-        f"about {gigabytes(needs.plans)}; {gigabytes(_worker_bytes(needs))} of main memory for each "
+        f"about {gigabytes(needs.plans)}; {gigabytes(_worker_bytes(needs))} of main memory per "
         "worker",
         f"Disk: {gigabytes(needs.disk)} needed, {gigabytes(machine.free_disk)} free. Main memory: "
         f"{gigabytes(machine.free_memory)} free",
