@@ -80,7 +80,7 @@ def use_baked(model: Any, patches: Mapping[str, Sequence[Patch]], device: torch.
     with locked(root, lambda: progress("Waiting for another LoRA to be baked", 0, len(blocks))):
         _make_blocks(model, acting, key, baked, device, progress)
         os.utime(baked.folder)
-        _remove_oldest(root)
+        _remove_oldest(root, baked.folder)
         use_built(model.engine, replace(selection, adapters={}, baked=baked))
 
 
@@ -173,11 +173,12 @@ def _source(checkpoint: QuantizedCheckpoint) -> FluxSource:
     raise BakeError(checkpoint.name, reason, "Put that file back into models/diffusion_models")
 
 
-def _remove_oldest(root: Path) -> None:
-    """Keep the bakes that were used last; the caller holds the lock of `root`."""
-    bakes = [folder for folder in root.iterdir() if _KEY.fullmatch(folder.name)]
+def _remove_oldest(root: Path, used: Path) -> None:
+    """Keep the bake in use and those that were used last; the caller holds the lock of `root`."""
+    bakes = [folder for folder in root.iterdir() if _KEY.fullmatch(folder.name) and folder != used]
     bakes.sort(key=lambda folder: folder.stat().st_mtime, reverse=True)
-    for folder in bakes[KEPT:]:
+    # the one in use is not asked for its time: a clock that was set back would make it the oldest
+    for folder in bakes[KEPT - 1 :]:
         # without its weights' header the rest is never used, should a file be open on Windows
         (folder / _BLOCKS).unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)

@@ -37,13 +37,17 @@ def up_to_date_checkpoint(
         options: How it should be quantized.
         calibration: Digest of the samples; None accepts any samples.
     """
+    from ..quant.checkpoint_writer import remove_leftovers
     from ..quant.quantized_checkpoint import QuantizedCheckpoint
 
     if not destination.is_file():
         return None
     checkpoint = QuantizedCheckpoint.read(destination)
     digest = checkpoint.metadata.calibration_digest if calibration is None else calibration
-    return checkpoint if checkpoint.was_made_from(source.digest(), options, digest) else None
+    if not checkpoint.was_made_from(source.digest(), options, digest):
+        return None
+    remove_leftovers(destination)
+    return checkpoint
 
 
 def quantize(

@@ -10,7 +10,6 @@ cancel or a crash.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import logging
 import os
@@ -30,6 +29,7 @@ from torch import Tensor
 from .errors import CheckpointBusyError, DiskFullError, FolderNotWritableError
 from .journal import Journal
 from .quantized_checkpoint import METADATA_KEY, QuantizedMetadata
+from .whole_files import NO_SPACE, make_folder, storing, sync_folder
 
 _DTYPES = {
     torch.float32: ("F32", 4),
@@ -84,9 +84,11 @@ class CheckpointWriter:
         self._total_bytes = self._data_start + end
         self._digests: dict[str, str] = {}
         self._job = blake3(repr((job, self._offsets, self._data_start)).encode()).hexdigest()
-        self._partial = path.with_name(f".{path.stem}.partial")
-        self._journal = Journal(path.with_name(f".{path.stem}.journal"))
-        self._lock = FileLock(path.with_name(f".{path.stem}.lock"), timeout=0)
+        self._partial, self._journal, self._lock = (
+            _partial(path),
+            Journal(_journal(path)),
+            _lock(path),
+        )
         self.finished: dict[str, Any] = {}
 
     def __enter__(self) -> CheckpointWriter:
@@ -94,14 +96,15 @@ class CheckpointWriter:
 
         Raises:
             DiskFullError: The disk has less room than the file needs.
+            FolderNotWritableError, FileWriteError: The system refuses to write.
             CheckpointBusyError: Another process is writing this checkpoint.
         """
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self._lock.acquire()
-        except Timeout as error:
-            raise CheckpointBusyError(self._path.name) from error
-        with contextlib.ExitStack() as undo:
+        make_folder(self._path.parent)
+        with self._storing(), contextlib.ExitStack() as undo:
+            try:
+                self._lock.acquire()
+            except Timeout as error:
+                raise CheckpointBusyError(self._path.name) from error
             undo.callback(self._lock.release)
             self._resume_or_create()
             undo.pop_all()
@@ -116,13 +119,10 @@ class CheckpointWriter:
         """Close the file; keep it for another run only if that would find finished parts."""
         with contextlib.suppress(OSError):
             self._file.close()
-        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-        if full or not self.finished:
-            self._remove_unfinished()
+        if isinstance(error, DiskFullError) or not self.finished:
+            with contextlib.suppress(OSError):
+                self._remove_unfinished()
         self._lock.release()
-        if full:
-            free = shutil.disk_usage(self._path.parent).free
-            raise DiskFullError(self._path.name, self._total_bytes, free) from error
 
     def check_disk(self) -> None:
         """Refuse to begin what the disk cannot hold.
@@ -136,6 +136,8 @@ class CheckpointWriter:
             with tempfile.TemporaryFile(dir=self._path.parent):
                 pass
         except OSError as error:
+            if error.errno in NO_SPACE:
+                raise DiskFullError(self._path.name, self._total_bytes, 0) from error
             raise FolderNotWritableError(self._path.parent.name, str(error)) from error
         free = shutil.disk_usage(self._path.parent).free
         if free < self._total_bytes:
@@ -146,8 +148,9 @@ class CheckpointWriter:
         if (tensor.dtype, tuple(tensor.shape)) != self._layout[name]:
             raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} was not declared")
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        self._file.seek(self._data_start + self._offsets[name][0])
-        self._file.write(data.data)
+        with self._storing():
+            self._file.seek(self._data_start + self._offsets[name][0])
+            self._file.write(data.data)
         self._digests[name] = blake3(data.data).hexdigest()
 
     def finish_part(self, part: str, note: Any) -> None:
@@ -157,11 +160,13 @@ class CheckpointWriter:
             part: Its name.
             note: JSON value that a later run finds in ``finished``.
         """
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with self._storing():
+            self._file.flush()
+            os.fsync(self._file.fileno())
         known = {name for entry in self._journal.entries for name in entry["digests"]}
         digests = {name: self._digests[name] for name in self._digests if name not in known}
-        self._journal.append({"part": part, "note": note, "digests": digests})
+        with self._storing():
+            self._journal.append({"part": part, "note": note, "digests": digests})
         self.finished[part] = note
 
     def content_digest(self) -> str:
@@ -179,13 +184,18 @@ class CheckpointWriter:
         header = self._header(metadata.model_dump_json()).ljust(self._data_start - 8, b" ")
         if len(header) != self._data_start - 8:
             raise ValueError(f"header of {len(header)} bytes, room for {self._data_start - 8}")
-        self._file.seek(0)
-        self._file.write(struct.pack("<Q", len(header)) + header)
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._partial.replace(self._path)
-        self.finished.clear()
+        with self._storing():
+            self._file.seek(0)
+            self._file.write(struct.pack("<Q", len(header)) + header)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._partial.replace(self._path)
+            self.finished.clear()
+            sync_folder(self._path.parent)
+
+    def _storing(self) -> contextlib.AbstractContextManager[None]:
+        return storing(self._path, self._total_bytes)
 
     def _header(self, metadata: str) -> bytes:
         entries: dict[str, object] = {"__metadata__": {"format": "pt", METADATA_KEY: metadata}}
@@ -213,7 +223,12 @@ class CheckpointWriter:
         self._remove_unfinished()
         self.check_disk()
         self._file = self._partial.open("x+b")
-        self._journal.start(self._job)
+        try:
+            self._journal.start(self._job)
+        except OSError:
+            self._file.close()
+            self._remove_unfinished()
+            raise
 
     def _holds(self, digests: Mapping[str, str]) -> bool:
         for name, digest in digests.items():
@@ -226,3 +241,32 @@ class CheckpointWriter:
     def _remove_unfinished(self) -> None:
         self._partial.unlink(missing_ok=True)
         self._journal.remove()
+
+
+def remove_leftovers(path: Path) -> None:
+    """Delete what a run that was killed left beside a finished checkpoint.
+
+    A kill between the last two steps, naming the file and deleting its journal, leaves the journal.
+
+    Args:
+        path: The checkpoint, which no run will write again.
+    """
+    leftovers = [p for p in (_partial(path), _journal(path)) if p.exists()]
+    if not leftovers:
+        return
+    # Timeout: a process is writing this checkpoint anew, and these are its files
+    with contextlib.suppress(OSError), _lock(path):
+        for leftover in leftovers:
+            leftover.unlink(missing_ok=True)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.stem}.partial")
+
+
+def _journal(path: Path) -> Path:
+    return path.with_name(f".{path.stem}.journal")
+
+
+def _lock(path: Path) -> FileLock:
+    return FileLock(path.with_name(f".{path.stem}.lock"), timeout=0)

@@ -194,16 +194,34 @@ class DiskFullError(QuantError):
 
     Attributes:
         name: File that was being written.
-        needed_bytes: Size of the whole file.
+        needed_bytes: Size of the whole file; 0 where it is not known.
         free_bytes: What the disk has left.
     """
 
     def __init__(self, name: str, needed_bytes: int, free_bytes: int) -> None:
         self.name, self.needed_bytes, self.free_bytes = name, needed_bytes, free_bytes
+        needs = f"needs {needed_bytes / 2**20:,.1f} MiB, but" if needed_bytes else "does not fit:"
         super().__init__(
-            f"'{name}' needs {needed_bytes / 2**20:,.1f} MiB, but its disk has "
-            f"{free_bytes / 2**20:,.1f} MiB left. Nothing was changed; free some space and queue "
-            "again."
+            f"'{name}' {needs} its disk has {free_bytes / 2**20:,.1f} MiB left. Nothing was "
+            "changed; free some space and queue again."
+        )
+
+
+class FileWriteError(QuantError):
+    """The system refused to write a file for another reason than a full disk.
+
+    Attributes:
+        name: The file.
+        folder: Name of its folder.
+        reason: What the system says.
+    """
+
+    def __init__(self, name: str, folder: str, reason: str) -> None:
+        self.name, self.folder, self.reason = name, folder, reason
+        super().__init__(
+            f"'{name}' cannot be written into the folder '{folder}': {reason}. Check that ComfyUI "
+            "may write there and that the disk is in order, then queue again; what is finished is "
+            "kept."
         )
 
 

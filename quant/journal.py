@@ -21,40 +21,46 @@ class Journal:
         self.entries: list[dict[str, Any]] = []
 
     def read(self, job: str) -> list[dict[str, Any]]:
-        """Return the entries of an earlier run of ``job``; a torn last line is dropped."""
+        """Return the entries of an earlier run of ``job``; a torn last line is cut off."""
         try:
-            lines = self._path.read_text(encoding="utf-8").split("\n")
-        except (OSError, UnicodeDecodeError):
+            lines = self._path.read_bytes().splitlines(keepends=True)
+        except OSError:
             return []
-        if lines[0] != json.dumps({"job": job}):
+        if not lines or lines[0] != _line({"job": job}):
             return []
-        # a whole line ends with a newline, so the last piece is torn, or empty
+        whole = len(lines[0])
         with contextlib.suppress(ValueError):
-            self.entries.extend(json.loads(line) for line in lines[1:-1])
-        self._rewrite(job)
+            for line in lines[1:]:
+                # a line without its end may still read as a shorter number or name
+                if not line.endswith(b"\n"):
+                    break
+                self.entries.append(json.loads(line))
+                whole += len(line)
+        # cut, not written anew: a crash right here must not lose the entries
+        os.truncate(self._path, whole)
         return self.entries
 
     def start(self, job: str) -> None:
         """Begin an empty journal."""
         self.entries = []
-        self._rewrite(job)
+        self._write("wb", {"job": job})
 
     def append(self, entry: dict[str, Any]) -> None:
         """Add an entry and put it on disk."""
         self.entries.append(entry)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        self._write("ab", entry)
 
     def remove(self) -> None:
         """Delete the file."""
         self._path.unlink(missing_ok=True)
         self.entries = []
 
-    def _rewrite(self, job: str) -> None:
-        lines = [json.dumps(line) for line in ({"job": job}, *self.entries)]
-        with self._path.open("w", encoding="utf-8") as file:
-            file.write("\n".join(lines) + "\n")
+    def _write(self, mode: str, entry: dict[str, Any]) -> None:
+        with self._path.open(mode) as file:
+            file.write(_line(entry))
             file.flush()
             os.fsync(file.fileno())
+
+
+def _line(entry: dict[str, Any]) -> bytes:
+    return json.dumps(entry).encode() + b"\n"

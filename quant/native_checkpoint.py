@@ -8,17 +8,18 @@ says so: ``weight``, ``weight_scale`` and ``weight_scale_2`` in the layout of ``
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
-import os
+import re
 import shutil
 import struct
-import uuid
-from collections.abc import Collection, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
+from blake3 import blake3
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -29,6 +30,7 @@ from .nvfp4 import NVFP4Weight
 from .progress import Progress
 from .quantized_checkpoint import QuantizedCheckpoint
 from .safetensors_header import StoredTensor, read_header
+from .whole_files import make_folder, only_writer, whole_file
 
 ORIGIN_KEY = "flux_fp4_native"
 """Metadata entry of the files written here: content digest of the quantized checkpoint."""
@@ -59,6 +61,7 @@ def save_native_checkpoint(
         NativeCheckpointError: A Linear is in a form that ComfyUI does not know.
         NativeTargetError: ``destination`` is a file that was not written here.
         DiskFullError: The disk cannot hold the file.
+        FileWriteError: The system refuses to write.
     """
     linears = _nvfp4_linears(checkpoint)
     digest = checkpoint.metadata.content_digest
@@ -68,7 +71,8 @@ def save_native_checkpoint(
     header = _header(layout, {"format": "pt", ORIGIN_KEY: digest})
     size = len(header) + sum(place.length for place in layout.values())
     copied = [name for name in layout if not _is_converted(name, linears)]
-    with _whole_file(destination, size) as file:
+    waiting = partial(progress, "Waiting for another process that writes this file", 0, 1)
+    with _native_file(destination, size, waiting) as file:
         file.write(header)
         for done, linear in enumerate(linears):
             progress(f"Converting {linear}", done, len(linears))
@@ -187,23 +191,14 @@ def _origin(destination: Path) -> str | None:
 
 
 @contextlib.contextmanager
-def _whole_file(destination: Path, size: int) -> Iterator[BinaryIO]:
-    """Open a file that takes its name when the body has finished, and vanishes otherwise."""
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(destination.parent).free
-    if free < size:
-        raise DiskFullError(destination.name, size, free)
-    unfinished = destination.with_name(f".{destination.stem}-{uuid.uuid4().hex}.tmp")
-    try:
-        with unfinished.open("x+b") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(destination)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
+def _native_file(destination: Path, size: int, waiting: Callable[[], None]) -> Iterator[BinaryIO]:
+    make_folder(destination.parent)
+    # ComfyUI's own model folder gets no lock file
+    key = blake3(str(destination.resolve()).encode()).hexdigest(16)
+    lock = Path(tempfile.gettempdir()) / f"flux_fp4-{key}.lock"
+    with only_writer(lock, destination.parent, re.escape(destination.stem), waiting):
         free = shutil.disk_usage(destination.parent).free
-        raise DiskFullError(destination.name, size, free) from error
-    finally:
-        unfinished.unlink(missing_ok=True)
+        if free < size:
+            raise DiskFullError(destination.name, size, free)
+        with whole_file(destination, size) as file:
+            yield file

@@ -64,6 +64,7 @@ def quantize_checkpoint(
         FormatBudgetError: The budget of ``auto`` cannot be kept.
         FolderNotWritableError: No file can be made beside ``destination``.
         DiskFullError: The disk cannot hold the result.
+        FileWriteError: The system refuses to write.
         CheckpointBusyError: Another process is writing the same checkpoint.
     """
     started = time.monotonic()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -118,11 +119,26 @@ def collect_statistics(
     Raises:
         CalibrationError: The samples do not fit.
         NotFiniteError: A weight or an activation is not finite.
+        DiskFullError, FileWriteError: The system refuses to write.
     """
     blocks = source.config.block_names
     if folder.velocity_sqnr_db() is not None and all(map(folder.read, blocks)):
         logger.info("Calibration statistics of %s are in %s", source.name, folder.path)
         return
+    waiting = partial(progress, "Waiting for another calibration of this model", 0, len(blocks))
+    with folder.only_writer(waiting):
+        _collect(source, calibration, folder, progress, device, dtype)
+
+
+def _collect(
+    source: FluxSource,
+    calibration: CalibrationSet,
+    folder: StatisticsFolder,
+    progress: Progress,
+    device: str,
+    dtype: torch.dtype,
+) -> None:
+    blocks = source.config.block_names
     count = len(calibration.samples)
     progress(f"Embedding {count} samples", 0, len(blocks))
     states = embed(source, calibration, device, dtype)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from .calibration import SampleState
 from .statistics import BlockStatistics, LinearStatistics, RangeStatistics
+from .whole_files import make_folder, only_writer, whole_file
 
 _VERSION = "2"
 _VELOCITY = "velocity_sqnr_db.txt"
@@ -54,16 +55,21 @@ class StatisticsFolder:
         except (OSError, SafetensorError):
             return False
 
+    def only_writer(self, waiting: Callable[[], None]) -> contextlib.AbstractContextManager[None]:
+        """Make the folder and hold its lock, so that two processes do not measure the same.
+
+        Args:
+            waiting: Called every 0.1 s while another process has the lock; may raise to cancel.
+        """
+        make_folder(self.path)
+        return only_writer(self.path / ".lock", self.path, ".+", waiting)
+
     def write(self, block: str, statistics: BlockStatistics) -> None:
         """Store a block's statistics; the file takes its name when it is whole."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        path = self._file(block)
-        temporary = path.with_name(f".{block}-{uuid.uuid4().hex}.tmp")
-        try:
-            save_file(_to_tensors(statistics), temporary, self._identity | {"block": block})
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        # as bytes: safetensors' own writing to a file tells a full disk in words only
+        data = save(_to_tensors(statistics), self._identity | {"block": block})
+        with whole_file(self._file(block), len(data)) as file:
+            file.write(data)
 
     def velocity_sqnr_db(self) -> float | None:
         """Return what ``write_velocity_sqnr_db`` stored, or None."""
@@ -74,7 +80,8 @@ class StatisticsFolder:
 
     def write_velocity_sqnr_db(self, db: float) -> None:
         """Store how well the model predicts the velocity of the samples."""
-        (self.path / _VELOCITY).write_text(f"{db}\n", encoding="utf-8")
+        with whole_file(self.path / _VELOCITY) as file:
+            file.write(f"{db}\n".encode())
 
     def _file(self, block: str) -> Path:
         return self.path / f"{block}.safetensors"

@@ -59,7 +59,10 @@ class PlanFactory:
     """
 
     def __init__(
-        self, backend: str, report: Callable[[str], None], heartbeat: Callable[[], None]
+        self,
+        backend: str,
+        report: Callable[[str], None],
+        heartbeat: Callable[[], None] = lambda: None,
     ) -> None:
         """Load the library.
 

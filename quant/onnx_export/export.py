@@ -7,9 +7,9 @@ parser refuse ``..`` and links), so checkpoint and ONNX files share one.
 from __future__ import annotations
 
 import logging
-import os
 import time
-import uuid
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 import onnx
@@ -18,6 +18,7 @@ import onnx_ir as ir
 from ..errors import OnnxExportMissingError
 from ..progress import Progress
 from ..quantized_checkpoint import QuantizedCheckpoint
+from ..whole_files import only_writer, whole_file
 from .blocks import block_model
 from .contract import PLAIN, Variant, contract_metadata
 
@@ -42,17 +43,19 @@ def export_blocks(checkpoint: Path, progress: Progress) -> tuple[Path, ...]:
 
     Raises:
         QuantizedCheckpointError: The file is no quantized checkpoint of this version.
+        DiskFullError, FileWriteError: The system refuses to write.
     """
     started = time.monotonic()
     header = QuantizedCheckpoint.read(checkpoint)
     blocks = header.metadata.block_names
     paths = []
-    for done, block in enumerate(blocks):
-        progress(f"Exporting {block}", done, len(blocks))
-        for variant in _variants(header):
-            path = onnx_path(checkpoint, block, variant)
-            write_checked(block_model(header, block, variant), path)
-        paths.append(onnx_path(checkpoint, block))
+    with only_exporter(checkpoint, progress):
+        for done, block in enumerate(blocks):
+            progress(f"Exporting {block}", done, len(blocks))
+            for variant in _variants(header):
+                path = onnx_path(checkpoint, block, variant)
+                write_checked(block_model(header, block, variant), path)
+            paths.append(onnx_path(checkpoint, block))
     progress("Exported", len(blocks), len(blocks))
     seconds = time.monotonic() - started
     logger.info("Exported %d blocks of %s in %.1f s", len(blocks), checkpoint.name, seconds)
@@ -90,15 +93,21 @@ def onnx_path(checkpoint: Path, block: str, variant: Variant = PLAIN) -> Path:
     return checkpoint.with_name(f"{variant.name_of(block)}.onnx")
 
 
+def only_exporter(checkpoint: Path, progress: Progress) -> AbstractContextManager[None]:
+    """Hold the lock of a checkpoint's ONNX files; waits for another export with progress."""
+    waiting = partial(progress, "Waiting for another export of this checkpoint", 0, 1)
+    return only_writer(checkpoint.with_name(".onnx.lock"), checkpoint.parent, ".+", waiting)
+
+
 def write_checked(model: ir.Model, path: Path) -> None:
-    """Write a model, check it in full, and only then give it its name."""
-    temporary = path.with_name(f".{path.stem}-{uuid.uuid4().hex}.tmp")
-    try:
-        # external tensors stay external: nothing of the checkpoint is copied
-        ir.save(model, temporary, format="protobuf")
-        onnx.checker.check_model(str(temporary), full_check=True)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write a model, check it in full, and only then give it its name.
+
+    Raises:
+        DiskFullError, FileWriteError: The system refuses to write.
+    """
+    # external tensors stay external: nothing of the checkpoint is copied
+    data = ir.to_proto(model).SerializeToString()
+    with whole_file(path, len(data)) as file:
+        file.write(data)
+        file.flush()
+        onnx.checker.check_model(str(file.name), full_check=True)

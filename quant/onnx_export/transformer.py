@@ -19,7 +19,7 @@ from ..progress import Progress
 from ..quantized_checkpoint import QuantizedCheckpoint
 from .blocks import block_model, modulate
 from .contract import DOUBLE_MODULATION, SINGLE_MODULATION, block_kind
-from .export import write_checked
+from .export import only_exporter, write_checked
 from .graph import BlockGraph
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,8 @@ def export_transformer(checkpoint: Path, progress: Progress) -> Path:
         author.block(block)
     velocity = author.velocity()
     path = checkpoint.with_name(TRANSFORMER_NAME)
-    write_checked(author.graph.model({"velocity": velocity}, _metadata(header)), path)
+    with only_exporter(checkpoint, progress):
+        write_checked(author.graph.model({"velocity": velocity}, _metadata(header)), path)
     progress("Exported", len(blocks), len(blocks))
     seconds = time.monotonic() - started
     logger.info("Exported %s of %s in %.1f s", TRANSFORMER_NAME, checkpoint.name, seconds)

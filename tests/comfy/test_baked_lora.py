@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -282,6 +283,20 @@ def test_oldest_bakes_go(models: Path, progress: Progress) -> None:
     assert progress.quantized() == []
     assert torch.equal(sample(patched[strengths[0]]), pictures[strengths[0]])
     assert progress.quantized() == ["single_blocks.0"]
+
+
+def test_bake_in_use_stays_when_the_clock_was_set_back(models: Path) -> None:
+    root = models / "baked"
+    for index in range(baking.KEPT + 2):
+        folder = root / f"{index:032x}"
+        folder.mkdir(parents=True)
+        os.utime(folder, (2_000_000_000 + index,) * 2)
+    used = root / f"{0:032x}"
+    os.utime(used, (1_000_000_000,) * 2)
+    baking._remove_oldest(root, used)
+    left = {folder.name for folder in root.iterdir()}
+    newest = {f"{index:032x}" for index in range(3, baking.KEPT + 2)}
+    assert left == {used.name} | newest
 
 
 def test_bake_that_was_deleted_is_made_again(models: Path, progress: Progress) -> None:

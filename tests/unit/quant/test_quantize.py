@@ -1,13 +1,13 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from flux_fp4.quant import checkpoint_writer
 from flux_fp4.quant.errors import CheckpointBusyError, DiskFullError, QuantizedCheckpointError
 from flux_fp4.quant.nvfp4 import quantize_weight
 from flux_fp4.quant.quantized_checkpoint import QuantizedCheckpoint, is_in_plan
@@ -306,10 +306,14 @@ def test_full_disk_is_foreseen_before_calibration(
 def test_disk_that_fills_while_writing_is_a_clear_error(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(self: object, name: str, tensor: torch.Tensor) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    fsync = os.fsync
 
-    monkeypatch.setattr(checkpoint_writer.CheckpointWriter, "add", fail)
+    def fail(descriptor: int) -> None:
+        if (tmp_path / ".q.partial").exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(DiskFullError):
         quantize(source, tmp_path / "q.safetensors", statistics=tmp_path / "statistics")
     assert visible(tmp_path) == ["statistics"]
