@@ -13,12 +13,13 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .errors import DiskFullError
+from .errors import DiskFullError, EngineBusyError
 
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 """Full disk, full quota, and the largest file a file system (or a resource limit) allows."""
 
 TEMPORARY_NAME = re.compile(r"\..+\.\d+\.tmp")
+LOCK = "build.lock"
 LOCK_POLL_SECONDS = 0.1
 
 
@@ -68,7 +69,7 @@ def remove_temporaries(folder: Path) -> None:
 @contextlib.contextmanager
 def locked(folder: Path, waiting: Callable[[], None]) -> Iterator[None]:
     """Hold the lock of `folder`; `waiting` is called every 0.1 s while another process has it."""
-    lock = FileLock(folder / "build.lock")
+    lock = FileLock(folder / LOCK)
     while True:
         try:
             lock.acquire(timeout=LOCK_POLL_SECONDS)
@@ -79,3 +80,32 @@ def locked(folder: Path, waiting: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+@contextlib.contextmanager
+def locked_at_once(folder: Path) -> Iterator[None]:
+    """Hold the lock of `folder`.
+
+    Raises:
+        EngineBusyError: another process has it.
+    """
+
+    def refuse() -> None:
+        raise EngineBusyError(folder)
+
+    with locked(folder, refuse):
+        yield
+
+
+def is_locked(folder: Path) -> bool:
+    """Tell whether a process is building in `folder`; False where no lock can be taken at all."""
+    if not (folder / LOCK).is_file():
+        return False
+    try:
+        with locked_at_once(folder):
+            return False
+    except EngineBusyError:
+        return True
+    except OSError:
+        # a read-only folder: nobody builds in it
+        return False
