@@ -12,6 +12,7 @@ from typing import Any
 
 from .folders import PACK, comfyui_tree
 
+_DISTRIBUTION = "comfyui-flux-fp4"
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 _VERSION = re.compile(r"""^(?:__version__|version) = ["']([^"']+)["']""", re.MULTILINE)
 
@@ -20,7 +21,7 @@ def pack() -> dict[str, Any]:
     """Tell the pack's version, and that of the ComfyUI tree around it."""
     tree = comfyui_tree()
     return {
-        "version": _version_in(PACK / "pyproject.toml"),
+        "version": _pack_version(),
         "folder": str(PACK),
         "comfyui": _version_in(tree / "comfyui_version.py") if tree else None,
     }
@@ -56,9 +57,19 @@ def driver() -> str:
 
 def packages() -> dict[str, str | None]:
     """Tell the installed versions of all requirements; None for one that is not installed."""
-    lines = (PACK / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    listed = PACK / "requirements.txt"
+    if listed.is_file():
+        lines = listed.read_text(encoding="utf-8").splitlines()
+    else:
+        lines = importlib.metadata.requires(_DISTRIBUTION) or []
     names = [found[0] for line in lines if (found := _NAME.match(line))]
     return {name: _installed(name) for name in [*names, "torch", "tensorrt"]}
+
+
+def _pack_version() -> str | None:
+    # as a folder in custom_nodes the pack is no installed distribution
+    project = PACK / "pyproject.toml"
+    return _version_in(project) if project.is_file() else importlib.metadata.version(_DISTRIBUTION)
 
 
 def _installed(name: str) -> str | None:

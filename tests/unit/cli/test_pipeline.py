@@ -93,6 +93,14 @@ def test_list_shows_what_was_made(built: Path) -> None:
     assert "4096 image, 64 text tokens, batch 1" in text
 
 
+def test_list_and_gc_need_neither_torch_nor_onnx(built: Path, tmp_path: Path) -> None:
+    for name in ("torch", "onnx", "onnxruntime", "modelopt", "folder_paths", "comfy"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError('not needed')")
+    for name in ("list", "gc"):
+        done = run_command(name, "--models", built, PYTHONPATH=str(tmp_path))
+        assert done.returncode == 0, done.stderr
+
+
 def test_a_second_run_finds_all_done(built: Path, inputs: Path) -> None:
     path = built / "tiny" / "tiny.safetensors"
     before = path.stat().st_mtime_ns
