@@ -52,7 +52,7 @@ lint: setup .checks/flux_fp4
 # relative imports of a package without a name resolve to nothing.
 types: setup .checks/flux_fp4
 	cd .checks && ../$(BIN)/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache \
-		-p flux_fp4.quant -p flux_fp4.trt_runtime -p flux_fp4.nodes
+		-p flux_fp4.quant -p flux_fp4.trt_runtime -p flux_fp4.nodes -p flux_fp4.cli
 
 .checks/flux_fp4:
 	mkdir -p .checks

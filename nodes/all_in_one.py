@@ -8,8 +8,9 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..quant.recipe import QuantizeOptions
+from ..trt_runtime.targets import build_spec
 from . import paths
-from .build import MAX_BATCH, MAX_MEGAPIXELS, MAX_TEXT_TOKENS, TARGET, WORKERS, build_spec
+from .build import MAX_BATCH, MAX_MEGAPIXELS, MAX_TEXT_TOKENS, TARGET, WORKERS
 from .errors import CalibrationMissingError
 from .fingerprint import OutputLedger
 from .load import (

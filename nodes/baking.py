@@ -10,10 +10,8 @@ once is found again, and nothing half-made can be taken for another.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import os
-import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +20,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from blake3 import blake3
 
+from ..trt_runtime.bakes import BAKES, BLOCKS, KEY_DIGITS, bake_folders
+from ..trt_runtime.errors import EngineBusyError
+from ..trt_runtime.last_use import last_used, mark_used
+from ..trt_runtime.removal import remove_bake
 from . import paths
 from .built_plans import use_built
 from .errors import BakeError
@@ -36,15 +38,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FOLDER = "baked"
 KEPT = 4
 """Bakes that stay on disk beside a checkpoint. One that touches every block of FLUX.1-dev takes
 about 10 GB, half of it plans."""
 
-_BLOCKS = "blocks.safetensors"
 _VERSION = "1"
-_KEY_DIGITS = 32
-_KEY = re.compile(rf"[0-9a-f]{{{_KEY_DIGITS}}}")
 
 
 def use_baked(model: Any, patches: Mapping[str, Sequence[Patch]], device: torch.device) -> None:
@@ -72,14 +70,14 @@ def use_baked(model: Any, patches: Mapping[str, Sequence[Patch]], device: torch.
         return
     checkpoint = model.checkpoint
     key = _digest(checkpoint, acting)
-    root = checkpoint.path.parent / FOLDER
+    root = checkpoint.path.parent / BAKES
     blocks = [name for name in model.plan_linears if any(f.startswith(f"{name}.") for f in acting)]
-    baked = BakedBlocks(root / key[:_KEY_DIGITS], tuple(blocks))
+    baked = BakedBlocks(root / key[:KEY_DIGITS], tuple(blocks))
     root.mkdir(exist_ok=True)
     progress = progress_of_running_node()
     with locked(root, lambda: progress("Waiting for another LoRA to be baked", 0, len(blocks))):
         _make_blocks(model, acting, key, baked, device, progress)
-        os.utime(baked.folder)
+        mark_used(baked.folder)
         _remove_oldest(root, baked.folder)
         use_built(model.engine, replace(selection, adapters={}, baked=baked))
 
@@ -97,7 +95,7 @@ def _make_blocks(
     from ..quant.onnx_export import export_blocks
     from .changed_source import ChangedSource
 
-    path, checkpoint = baked.folder / _BLOCKS, model.checkpoint
+    path, checkpoint = baked.folder / BLOCKS, model.checkpoint
     if not _is_quantized(path, checkpoint, key, baked.blocks):
         source = ChangedSource(_source(checkpoint), acting, key)
         # ComfyUI has made room for the engine, and a block at a time needs less of it; freeing
@@ -175,10 +173,8 @@ def _source(checkpoint: QuantizedCheckpoint) -> FluxSource:
 
 def _remove_oldest(root: Path, used: Path) -> None:
     """Keep the bake in use and those that were used last; the caller holds the lock of `root`."""
-    bakes = [folder for folder in root.iterdir() if _KEY.fullmatch(folder.name) and folder != used]
-    bakes.sort(key=lambda folder: folder.stat().st_mtime, reverse=True)
     # the one in use is not asked for its time: a clock that was set back would make it the oldest
-    for folder in bakes[KEPT - 1 :]:
-        # without its weights' header the rest is never used, should a file be open on Windows
-        (folder / _BLOCKS).unlink(missing_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
+    others = [folder for folder in bake_folders(root) if folder != used]
+    with contextlib.suppress(EngineBusyError):
+        for folder in sorted(others, key=last_used, reverse=True)[KEPT - 1 :]:
+            remove_bake(folder)

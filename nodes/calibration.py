@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io, ui
 
+from . import paths
 from .errors import CalibrationInputError
 from .schema import CATEGORY, Samples, description
 
@@ -68,6 +69,15 @@ class CalibrationSamples(io.ComfyNode):
                     control_after_generate=False,
                     tooltip="Seed of the noise that is mixed into the pictures.",
                 ),
+                io.String.Input(
+                    "save_as",
+                    display_name="save as",
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    tooltip="Name under which the samples are also saved, in models/flux_fp4/"
+                    "samples, for the command line. Empty saves nothing.",
+                ),
             ],
             outputs=[
                 Samples.Output(
@@ -79,10 +89,22 @@ class CalibrationSamples(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, save_as: str | None = None) -> bool | str:
+        # None while the name comes through a link; it is checked when the node runs.
+        fault = paths.name_fault(save_as) if save_as else None
+        return True if fault is None else f"{save_as!r} cannot be used: {fault}"
+
+    @classmethod
     def execute(
-        cls, conditioning: list[Any], latent: dict[str, Any], timesteps: int, seed: int
+        cls,
+        conditioning: list[Any],
+        latent: dict[str, Any],
+        timesteps: int,
+        seed: int,
+        save_as: str = "",
     ) -> io.NodeOutput:
         from ..quant.calibration import rectified_flow_samples
+        from ..quant.calibration_files import save_samples
 
         latents = model_space_latents(latent)
         prompts = prompts_of(conditioning, latents)
@@ -91,6 +113,10 @@ class CalibrationSamples(io.ComfyNode):
             f"{len(samples.samples)} samples: {len(latents)} pictures, {len(prompts)} prompts, "
             f"{timesteps} noise levels"
         )
+        if save_as:
+            file = paths.samples_file(save_as)
+            save_samples(samples, file)
+            text += f"\nsaved as {file.name}"
         return io.NodeOutput(samples, ui=ui.PreviewText(text))
 
 

@@ -1,39 +1,29 @@
-"""Where the pack's files live, and which names from a workflow may become paths.
+"""Where the pack's files live in ComfyUI, and which names from a workflow may become paths.
 
-    models/flux_fp4/<name>/<name>.safetensors       quantized checkpoint
-    models/flux_fp4/<name>/double_blocks.0.onnx     its ONNX export
-    models/flux_fp4/<name>/<target>/manifest.json   an engine, named "<name>/<target>"
-    models/flux_fp4/recipes/<name>.yaml             a recipe of the user's own
-    models/flux_fp4/.statistics/<digests>/          what calibration measured, for every recipe
-    models/diffusion_models/<name>.safetensors      a checkpoint saved for ComfyUI's own loader
+    models/flux_fp4/                             see ``quant.model_folders``
+    models/diffusion_models/<name>.safetensors   a checkpoint saved for ComfyUI's own loader
 
-A link can carry any string, so every name is checked here before it touches the disk: one plain
-folder name per level, below a registered model folder. Symbolic links that a user put there are
-followed, as ComfyUI's own loaders do; a workflow cannot create any.
+A link can carry any string, so every name is checked before it touches the disk: one plain
+folder name per level, below a registered model folder. A workflow cannot create symbolic links.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import folder_paths
 
+from ..quant.model_folders import MANIFEST, RECIPES, ModelFolders, checkpoint_file, name_fault
 from .errors import ArtifactNameError, ArtifactNotFoundError, SourceCheckpointError
 
-MODEL_FOLDER = "flux_fp4"
-MANIFEST = "manifest.json"
-_SOURCES = "diffusion_models"
-_RECIPES = "recipes"
-_STATISTICS = ".statistics"
+__all__ = ["MANIFEST", "name_fault"]
 
-_MAX_NAME = 100
+MODEL_FOLDER = "flux_fp4"
+_SOURCES = "diffusion_models"
+
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.safetensors")
-# Windows refuses these characters and device names; a pack folder may be shared between systems.
-_FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f]')
-_DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
 
 def register_model_folder() -> None:
@@ -81,7 +71,8 @@ def source_files(name: str) -> list[Path]:
 
 def user_recipes() -> list[str]:
     """List the names of the user's own recipes, ``recipes/<name>.yaml`` in the model folder."""
-    return sorted({path.stem for root in _roots() for path in (root / _RECIPES).glob("*.yaml")})
+    roots = _folders().roots
+    return sorted({path.stem for root in roots for path in (root / RECIPES).glob("*.yaml")})
 
 
 def user_recipe(name: str) -> Path:
@@ -90,37 +81,30 @@ def user_recipe(name: str) -> Path:
     Raises:
         ArtifactNotFoundError: There is none of that name, or the name is not a plain one.
     """
-    for root in _roots():
-        path = root / _RECIPES / f"{name}.yaml"
-        if name_fault(name) is None and path.is_file():
-            return path
-    raise ArtifactNotFoundError("recipe", name, "Choose another one.")
+    path = _folders().recipe(name)
+    if path is None:
+        raise ArtifactNotFoundError("recipe", name, "Choose another one.")
+    return path
 
 
 def statistics_folder() -> Path:
     """Return the folder of calibration statistics, which all quantized checkpoints share."""
-    return _roots()[0] / _STATISTICS
+    return _folders().statistics
 
 
 def quantized_checkpoints() -> list[str]:
     """List the names of all quantized checkpoints."""
-    return sorted({folder.name for folder in _checkpoint_folders()})
+    return _folders().checkpoints()
 
 
 def exported_checkpoints() -> list[str]:
     """List the names of quantized checkpoints with an ONNX export beside them."""
-    folders = _checkpoint_folders()
-    return sorted({folder.name for folder in folders if any(folder.glob("*_blocks.0.onnx"))})
+    return _folders().exported()
 
 
 def engines() -> list[str]:
     """List the names of all engines, newest first."""
-    found = {
-        f"{folder.name}/{manifest.parent.name}": manifest.stat().st_mtime
-        for folder in _checkpoint_folders()
-        for manifest in folder.glob(f"*/{MANIFEST}")
-    }
-    return sorted(found, key=lambda name: (-found[name], name))
+    return _folders().engines()
 
 
 def quantized_checkpoint(name: str) -> Path:
@@ -129,12 +113,14 @@ def quantized_checkpoint(name: str) -> Path:
     Raises:
         ArtifactNotFoundError: There is none of that name, or the name is not a plain one.
     """
-    for root in _roots():
-        if name_fault(name) is None and _holds_checkpoint(root / name):
-            return root / name / f"{name}.safetensors"
-    raise ArtifactNotFoundError(
-        "quantized checkpoint", name, "Make it with 'Quantize FLUX to FP4' or choose another one."
-    )
+    path = _folders().checkpoint(name)
+    if path is None:
+        raise ArtifactNotFoundError(
+            "quantized checkpoint",
+            name,
+            "Make it with 'Quantize FLUX to FP4' or choose another one.",
+        )
+    return path
 
 
 def new_checkpoint(name: str) -> Path:
@@ -146,10 +132,19 @@ def new_checkpoint(name: str) -> Path:
     fault = name_fault(name)
     if fault is not None:
         raise ArtifactNameError(name, fault)
-    for root in _roots():
-        if _holds_checkpoint(root / name):
-            return root / name / f"{name}.safetensors"
-    return _roots()[0] / name / f"{name}.safetensors"
+    return _folders().new_checkpoint(name)
+
+
+def samples_file(name: str) -> Path:
+    """Return the file in which calibration samples are or will be saved.
+
+    Raises:
+        ArtifactNameError: The name is not a plain one.
+    """
+    fault = name_fault(name)
+    if fault is not None:
+        raise ArtifactNameError(name, fault, "FLUX Calibration Samples")
+    return _folders().samples(name)
 
 
 def native_checkpoint(name: str) -> Path:
@@ -174,40 +169,22 @@ def engine_folder(name: str) -> Path:
     Raises:
         ArtifactNotFoundError: There is none of that name, or the name is not a plain one.
     """
-    checkpoint, _, target = name.partition("/")
-    for root in _roots():
-        folder = root / checkpoint / target
-        named = name_fault(checkpoint) is None and name_fault(target) is None
-        if named and (folder / MANIFEST).is_file():
-            return folder
-    raise ArtifactNotFoundError(
-        "engine", name, "Make it with 'Build TensorRT Engine' or choose another one."
-    )
+    folder = _folders().engine(name)
+    if folder is None:
+        raise ArtifactNotFoundError(
+            "engine", name, "Make it with 'Build TensorRT Engine' or choose another one."
+        )
+    return folder
 
 
 def engine_checkpoint(engine: Path) -> Path:
     """Return the quantized checkpoint that an engine folder belongs to."""
-    return engine.parent / f"{engine.parent.name}.safetensors"
+    return checkpoint_file(engine.parent)
 
 
 def engine_name(engine: Path) -> str:
     """Return the name under which `engines` lists a folder."""
     return f"{engine.parent.name}/{engine.name}"
-
-
-def name_fault(name: str) -> str | None:
-    """Say why `name` cannot be a folder name on every system, or None if it can."""
-    if not name or name != name.strip() or name.endswith("."):
-        return "it is empty, or starts or ends with a space or a dot"
-    if name.startswith("."):
-        return "it starts with a dot, which hides the folder"
-    if len(name.encode()) > _MAX_NAME:
-        return f"it has {len(name.encode())} bytes, the limit is {_MAX_NAME}"
-    if (found := _FORBIDDEN.search(name)) is not None:
-        return f"{found[0]!r} is not allowed in it"
-    if _DEVICES.fullmatch(name):
-        return "Windows reserves it for a device"
-    return None
 
 
 def _index(name: str) -> str | None:
@@ -220,15 +197,5 @@ def _index(name: str) -> str | None:
     return index if Path(path).with_name(os.path.basename(index)).is_file() else None
 
 
-def _roots() -> list[Path]:
-    return [Path(path) for path in folder_paths.get_folder_paths(MODEL_FOLDER)]
-
-
-def _checkpoint_folders() -> Iterator[Path]:
-    for root in _roots():
-        if root.is_dir():
-            yield from (folder for folder in root.iterdir() if _holds_checkpoint(folder))
-
-
-def _holds_checkpoint(folder: Path) -> bool:
-    return (folder / f"{folder.name}.safetensors").is_file()
+def _folders() -> ModelFolders:
+    return ModelFolders([Path(path) for path in folder_paths.get_folder_paths(MODEL_FOLDER)])

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import comfy.model_management
 from comfy_api.latest import io, ui
 
+from ..trt_runtime.targets import TARGETS
 from . import paths
-from .build import TARGET, TARGETS
+from .build import TARGET
 from .errors import PreflightError
 from .machine import Machine, folder_problems, gigabytes, memory_problems
 from .quantize import NAME, source_input, source_state

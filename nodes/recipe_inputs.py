@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from comfy_api.latest import io
 
-from ..quant.errors import RecipeError
-from ..quant.recipe import RECIPES, FormatBudget, QuantizeOptions, Recipe, named_recipe, read_recipe
+from ..quant.recipe import (
+    RECIPES,
+    Format,
+    QuantizeOptions,
+    named_recipe,
+    quantize_options,
+    read_recipe,
+)
 from . import paths
 from .fingerprint import FileState, file_state
 
@@ -90,7 +94,7 @@ ADVANCED = [
 def options_from(
     recipe: str,
     fp8_attention: bool,
-    modulation: str = "bf16",
+    modulation: Format = "bf16",
     percentile: float = 100.0,
     headroom: float = 1.25,
     quality_floor: float = 0.0,
@@ -102,14 +106,9 @@ def options_from(
         RecipeError: The recipe's file is wrong, or a budget is set for a recipe that has none.
     """
     chosen = named_recipe(recipe) if recipe in RECIPES else read_recipe(paths.user_recipe(recipe))
-    values: dict[str, Any] = {
-        "recipe": _with_budget(chosen, quality_floor, size_limit),
-        "fp8_attention": fp8_attention,
-        "modulation": modulation,
-        "percentile": percentile,
-        "headroom": headroom,
-    }
-    return QuantizeOptions(**values)
+    return quantize_options(
+        chosen, fp8_attention, modulation, percentile, headroom, quality_floor, size_limit
+    )
 
 
 def recipe_state(recipe: str | None) -> FileState:
@@ -118,18 +117,3 @@ def recipe_state(recipe: str | None) -> FileState:
     if recipe is None or recipe in RECIPES:
         return None
     return file_state(paths.user_recipe(recipe))
-
-
-def _with_budget(recipe: Recipe, quality_floor: float, size_limit: float) -> Recipe:
-    if not (quality_floor or size_limit):
-        return recipe
-    if recipe.auto is None:
-        raise RecipeError(
-            recipe.name, "it has a fixed format per Linear, so no quality floor and no size limit"
-        )
-    # a limit alone replaces the recipe's floor: it asks for the best that fits
-    budget = FormatBudget(
-        floor_db=quality_floor or None,
-        max_bytes=round(size_limit * 2**30) or None,
-    )
-    return recipe.model_copy(update={"auto": budget})

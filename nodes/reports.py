@@ -2,94 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING
 
+from ..quant.summary import FORMAT_NAMES, decibels, quantized_summary
+from ..trt_runtime.summary import engine_summary
 from .paths import MANIFEST
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from ..quant.quantized_checkpoint import QuantizedCheckpoint, QuantizedMetadata
-    from ..quant.recipe import Format
-    from ..trt_runtime.manifest import EngineManifest, PlanEntry
     from .engine_patcher import EnginePatcher
 
-
-_EXACT_DB = 200.0
-"""What a header says where there is no noise at all, see ``quantized_checkpoint``."""
-
-_FORMATS: dict[Format, str] = {"nvfp4": "NVFP4", "fp8": "FP8", "bf16": "bf16"}
-"""Formats of a Linear as the user reads them."""
-
-
-def quantized_summary(checkpoint: QuantizedCheckpoint) -> str:
-    """Say what a quantized checkpoint is: variant, recipe, formats, sizes, the worst Linear."""
-    metadata = checkpoint.metadata
-    size = checkpoint.path.stat().st_size
-    lines = [
-        f"{checkpoint.name}: {metadata.variant}, {metadata.recipe}",
-        f"{format_counts(metadata)}; attention in "
-        f"{'FP8' if metadata.fp8_attention else metadata.high_precision}, modulation in "
-        f"{_FORMATS[metadata.options.modulation]}",
-        f"{_megabytes(metadata.source_bytes)} -> {_megabytes(size)} "
-        f"({size / metadata.source_bytes:.0%})",
-        _linears_in_short(metadata),
-    ]
-    if metadata.velocity_sqnr_db is not None:
-        lines.append(
-            f"{metadata.source_name} predicts the velocity of the calibration pictures at "
-            f"{metadata.velocity_sqnr_db:.1f} dB"
-        )
-    return "\n".join(lines)
-
-
-def format_counts(metadata: QuantizedMetadata) -> str:
-    """Count the Linears in plans by format, for example "Linears: 20 in NVFP4, 8 in FP8"."""
-    counts = Counter(linear.format for linear in metadata.linears)
-    present = (f"{counts[key]} in {name}" for key, name in _FORMATS.items() if counts[key])
-    return f"Linears: {', '.join(present)}"
-
-
-def _linears_in_short(metadata: QuantizedMetadata) -> str:
-    # a Linear that stays in bf16 is exact and would only raise the average
-    quantized = [linear for linear in metadata.linears if linear.format != "bf16"]
-    if not quantized:
-        return "no Linear is quantized"
-    worst = min(quantized, key=lambda linear: linear.output_sqnr_db)
-    mean = fmean(linear.output_sqnr_db for linear in quantized)
-    return (
-        f"output SQNR of the quantized Linears: {mean:.1f} dB on average, "
-        f"{worst.output_sqnr_db:.1f} dB at worst ({worst.name})"
-    )
-
-
-def engine_summary(name: str, manifest: EngineManifest) -> str:
-    """Say what an engine is: target, size, and what the build log proved about its kernels."""
-    plans = manifest.blocks
-    profile = manifest.profile
-    return "\n".join(
-        (
-            f"{name}: {len(plans)} plans, {_megabytes(manifest.plan_bytes)}, "
-            f"{manifest.built_with}, for {', '.join(manifest.targets)}",
-            _kernels(plans),
-            f"up to {profile.max_img_tokens} image tokens, {profile.max_txt_tokens} text tokens, "
-            f"batch {profile.max_batch}",
-        )
-    )
-
-
-def _kernels(plans: Sequence[PlanEntry]) -> str:
-    kinds = {"FP4 GEMMs": "fp4_gemms", "FP8 GEMMs": "fp8_gemms", "FP8 attention": "fp8_mha"}
-    texts = []
-    for label, kind in kinds.items():
-        found = sum(getattr(plan, f"{kind}_found") for plan in plans)
-        expected = sum(getattr(plan, f"{kind}_expected") for plan in plans)
-        if expected:
-            texts.append(f"{label} {found} of {expected}")
-    return ", ".join(texts) or "everything in bf16"
+__all__ = ["engine_summary", "full_report", "model_summary", "quantized_summary"]
 
 
 def model_summary(name: str, patcher: EnginePatcher) -> str:
@@ -144,16 +68,11 @@ def _block_table(checkpoint: QuantizedCheckpoint) -> str:
 def _linear_table(checkpoint: QuantizedCheckpoint) -> str:
     rows = [f"{'Linear':<36}{'format':<8}{'weight':>11}{'output':>11}{'input amax':>12}"]
     rows += [
-        f"{linear.name:<36}{_FORMATS[linear.format]:<8}{decibels(linear.weight_sqnr_db):>11}"
+        f"{linear.name:<36}{FORMAT_NAMES[linear.format]:<8}{decibels(linear.weight_sqnr_db):>11}"
         f"{decibels(linear.output_sqnr_db):>11}{linear.input_amax:12.4g}"
         for linear in checkpoint.metadata.linears
     ]
     return "\n".join(rows)
-
-
-def decibels(sqnr_db: float) -> str:
-    """Write an SQNR; without any noise it is "exact"."""
-    return "exact" if sqnr_db >= _EXACT_DB else f"{sqnr_db:.1f} dB"
 
 
 def _engine_sections(checkpoint: QuantizedCheckpoint) -> list[str]:

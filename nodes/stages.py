@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import comfy.model_management
 
+from ..quant.quantized_checkpoint import up_to_date_checkpoint
 from . import paths
 from .errors import EngineOutdatedError
 
@@ -21,33 +22,11 @@ if TYPE_CHECKING:
     from .engine_patcher import EnginePatcher
     from .progress import NodeProgress
 
+__all__ = ["build", "export", "export_transformer", "load", "quantize", "up_to_date_checkpoint"]
+
 QUANTIZE_BYTES = 3 * 2**30
 """GPU memory that quantization of FLUX.1-dev wants: one double block in bf16 (0.7 GB), its copies
 while scales are searched, and the activations of a few dozen samples."""
-
-
-def up_to_date_checkpoint(
-    source: FluxSource, destination: Path, options: QuantizeOptions, calibration: str | None
-) -> QuantizedCheckpoint | None:
-    """Return the quantized checkpoint at `destination` if quantizing again would change nothing.
-
-    Args:
-        source: The weights.
-        destination: The quantized checkpoint, which may not exist.
-        options: How it should be quantized.
-        calibration: Digest of the samples; None accepts any samples.
-    """
-    from ..quant.checkpoint_writer import remove_leftovers
-    from ..quant.quantized_checkpoint import QuantizedCheckpoint
-
-    if not destination.is_file():
-        return None
-    checkpoint = QuantizedCheckpoint.read(destination)
-    digest = checkpoint.metadata.calibration_digest if calibration is None else calibration
-    if not checkpoint.was_made_from(source.digest(), options, digest):
-        return None
-    remove_leftovers(destination)
-    return checkpoint
 
 
 def quantize(

@@ -104,6 +104,22 @@ class CalibrationError(QuantError):
         )
 
 
+class CalibrationFileError(QuantError):
+    """A file does not hold calibration samples of this version.
+
+    Attributes:
+        name: File name.
+        reason: What is wrong with it.
+    """
+
+    def __init__(self, name: str, reason: str) -> None:
+        self.name, self.reason = name, reason
+        super().__init__(
+            f"'{name}' holds no usable calibration samples: {reason}. "
+            "Save them again in 'FLUX Calibration Samples'."
+        )
+
+
 class StatisticsMissingError(QuantError):
     """Blocks are to be quantized again, but what calibration measured in them is gone.
 

@@ -15,16 +15,20 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from .errors import QuantizedCheckpointError
 from .flux.config import FluxConfig, block_linears
 from .recipe import Format, QuantizeOptions
 from .safetensors_header import StoredTensor, read_header
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .sources.source import FluxSource
 
 METADATA_KEY = "flux_fp4"
 
@@ -230,6 +234,29 @@ class QuantizedCheckpoint:
             if self.metadata.fp8_attention:
                 needed |= {f"{block}.attention.{part}_scale" for part in ("q", "k", "v")}
         return needed
+
+
+def up_to_date_checkpoint(
+    source: FluxSource, destination: Path, options: QuantizeOptions, calibration: str | None
+) -> QuantizedCheckpoint | None:
+    """Return the quantized checkpoint at `destination` if quantizing again would change nothing.
+
+    Args:
+        source: The weights.
+        destination: The quantized checkpoint, which may not exist.
+        options: How it should be quantized.
+        calibration: Digest of the samples; None accepts any samples.
+    """
+    from .checkpoint_writer import remove_leftovers
+
+    if not destination.is_file():
+        return None
+    checkpoint = QuantizedCheckpoint.read(destination)
+    digest = checkpoint.metadata.calibration_digest if calibration is None else calibration
+    if not checkpoint.was_made_from(source.digest(), options, digest):
+        return None
+    remove_leftovers(destination)
+    return checkpoint
 
 
 _FORMATS: dict[str, Format] = {"U8": "nvfp4", "F8_E4M3": "fp8"}

@@ -168,5 +168,53 @@ class QuantizeOptions(_Frozen):
     headroom: float = Field(default=1.25, ge=1.0, le=16.0)
 
 
+def quantize_options(
+    recipe: Recipe,
+    fp8_attention: bool,
+    modulation: Format,
+    percentile: float,
+    headroom: float,
+    quality_floor: float,
+    size_limit: float,
+) -> QuantizeOptions:
+    """Return options as a user enters them.
+
+    Args:
+        recipe: How Linears are quantized.
+        fp8_attention: See ``QuantizeOptions``, as the next three.
+        modulation: As above.
+        percentile: As above.
+        headroom: As above.
+        quality_floor: Of recipe ``auto``, in dB; 0 takes the recipe's own.
+        size_limit: Of recipe ``auto``, in GiB; 0 is none.
+
+    Raises:
+        RecipeError: A budget is set for a recipe that has none.
+        pydantic.ValidationError: A value is outside its limits.
+    """
+    return QuantizeOptions(
+        recipe=_with_budget(recipe, quality_floor, size_limit),
+        fp8_attention=fp8_attention,
+        modulation=modulation,
+        percentile=percentile,
+        headroom=headroom,
+    )
+
+
+def _with_budget(recipe: Recipe, quality_floor: float, size_limit: float) -> Recipe:
+    if not (quality_floor or size_limit):
+        return recipe
+    if recipe.auto is None:
+        raise RecipeError(
+            recipe.name, "it has a fixed format per Linear, so no quality floor and no size limit"
+        )
+    # a limit alone replaces the recipe's floor: it asks for the best that fits
+    budget = FormatBudget(
+        floor_db=quality_floor or None,
+        max_bytes=round(size_limit * 2**30) or None,
+    )
+    return recipe.model_copy(update={"auto": budget})
+
+
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .calibration import SampleState
 from .statistics import BlockStatistics, LinearStatistics, RangeStatistics
+from .statistics_names import statistics_name
 from .whole_files import make_folder, only_writer, whole_file
 
 _VERSION = "2"
@@ -28,7 +29,7 @@ class StatisticsFolder:
 
     def __init__(self, root: Path, source_digest: str, calibration_digest: str) -> None:
         """Name the folder below ``root`` by what the statistics depend on."""
-        self.path = root / f"{source_digest[:16]}-{calibration_digest[:16]}"
+        self.path = root / statistics_name(source_digest, calibration_digest)
         self._identity = {
             "version": _VERSION,
             "source": source_digest,

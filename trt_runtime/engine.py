@@ -14,6 +14,7 @@ from .backend import choose_backend, probe_gpu
 from .block_call import AcceptedCall, accepted_call, batch_parts
 from .contract import MASK, MASK_SHAPE, TensorSpec
 from .errors import BackendUnusableError, BlockInputError
+from .last_use import mark_used
 from .manifest import EngineManifest, PlanEntry, load_manifest, verify_engine
 from .selection import Selection
 from .self_test import Machine, SelfTest
@@ -168,7 +169,8 @@ class Engine:
     def load(self, device: torch.device) -> None:
         """Make all blocks ready to run; does nothing when they are.
 
-        The first time on a GPU, driver and library the engine is tested against the reference.
+        The first time on a GPU, driver and library the engine is tested against the reference. The
+        folder remembers when it was loaded last.
 
         Raises:
             SelfTestError: It computes something else; it is not loaded then.
@@ -176,6 +178,7 @@ class Engine:
         if self._executor.loaded:
             return
         self._executor.load(device)
+        mark_used(self.folder)
         test, machine = self._self_test, self._executor.machine
         if test is None or machine is None or test.has_passed(machine):
             return

@@ -126,6 +126,17 @@ class FileWriteError(StorageError):
         )
 
 
+class EngineBusyError(EngineError):
+    """Another process is building in a folder that was to be changed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        super().__init__(
+            f"'{folder.parent.name}/{folder.name}' is being built by another process. Nothing was "
+            "changed; wait until that is done and try again."
+        )
+
+
 class PlanBuildError(EngineError):
     """TensorRT refused a block."""
 

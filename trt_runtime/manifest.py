@@ -209,6 +209,17 @@ def verify_engine(engine_dir: Path, manifest: EngineManifest, backend: Backend |
             manifest.
         EngineStaleError: an ONNX file changed since the build.
     """
+    check_engine(engine_dir, manifest, backend)
+    for entry in manifest.blocks:
+        check_plan_digest(engine_dir, entry)
+
+
+def check_engine(engine_dir: Path, manifest: EngineManifest, backend: Backend | None) -> None:
+    """Check as ``verify_engine`` does, but of the plans only whether they are there in full size.
+
+    Raises:
+        EngineVersionError, PlanMissingError, PlanTruncatedError, EngineStaleError: as there.
+    """
     if backend is not None and (backend.name, backend.version) != (
         manifest.backend,
         manifest.backend_version,
@@ -217,9 +228,12 @@ def verify_engine(engine_dir: Path, manifest: EngineManifest, backend: Backend |
     for entry in manifest.blocks:
         check_onnx(engine_dir, entry)
         check_plan_size(engine_dir, entry)
-    for entry in manifest.blocks:
-        if digest_of_file(engine_dir / entry.file) != entry.digest:
-            raise _wrong_digest(entry)
+
+
+def check_plan_digest(engine_dir: Path, entry: PlanEntry) -> None:
+    """Raise PlanDigestError when a plan is another than its manifest describes."""
+    if digest_of_file(engine_dir / entry.file) != entry.digest:
+        raise _wrong_digest(entry)
 
 
 def check_onnx(engine_dir: Path, entry: PlanEntry) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,28 @@ from .store import write_atomic
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "runtime-{}.cache"
+CACHE_NAME = re.compile(r"runtime-[0-9a-f]{8}\.cache")
 MAGIC = b"FLUXFP4 runtime cache 1\n"
 MAX_CACHE_BYTES = 4 << 30
+MAX_OWNER_BYTES = 4096
 OWNER_DIGITS = 8
 
 
 def cache_name(owner: str) -> str:
     """Return the file name of an owner's cache: owners that take turns keep their kernels."""
     return FILE_NAME.format(digest_of_bytes(owner.encode())[:OWNER_DIGITS])
+
+
+def cache_owner(path: Path) -> str | None:
+    """Return whose kernels a cache file says it holds; None if that cannot be read from it."""
+    try:
+        with path.open("rb") as file:
+            magic, header = file.readline(len(MAGIC)), file.readline(MAX_OWNER_BYTES)
+        fields = json.loads(header)
+    except (OSError, ValueError, RecursionError):
+        return None
+    owner = fields.get("owner") if magic == MAGIC and isinstance(fields, dict) else None
+    return owner if isinstance(owner, str) else None
 
 
 class RuntimeCache:

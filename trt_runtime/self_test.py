@@ -22,15 +22,12 @@ from .digest import digest_of_fields
 from .errors import SelfTestError, StorageError
 from .manifest import EngineManifest, PlanEntry
 from .reference import session_from_onnx
+from .self_test_record import RECORD, REPORT, passed_tests
 from .signature import read_signature
 from .spec import ShapeProfile
 from .store import write_atomic
 
 logger = logging.getLogger(__name__)
-
-RECORD = "self_test.json"
-REPORT = "self_test_failed.json"
-MAX_RECORD_BYTES = 1 << 20
 
 LIMIT_DB = 10.0
 """Smallest SQNR of what a block adds to its input. The same blocks in torch with bf16 in the place
@@ -66,7 +63,7 @@ class SelfTest:
 
     def has_passed(self, machine: Machine) -> bool:
         """Tell whether these plans have passed on this machine before."""
-        return self._key(machine) in self._passed()
+        return self._key(machine) in passed_tests(self.engine_dir)
 
     def run(self, machine: Machine, run_block: RunBlock) -> dict[str, float]:
         """Compare the first block of each kind with the reference and remember that it passed.
@@ -110,19 +107,9 @@ class SelfTest:
         plans = {entry.block: entry.digest for entry in self.manifest.blocks}
         return digest_of_fields({"machine": asdict(machine), "plans": plans})
 
-    def _passed(self) -> dict[str, object]:
-        path = self.engine_dir / RECORD
-        if not path.is_file() or path.stat().st_size > MAX_RECORD_BYTES:
-            return {}
-        try:
-            record = json.loads(path.read_bytes())
-        except (ValueError, RecursionError):
-            logger.warning("%s is damaged: the engine is tested again", RECORD)
-            return {}
-        return record if isinstance(record, dict) else {}
-
     def _remember(self, machine: Machine, results: Mapping[str, float]) -> None:
-        passed = {**self._passed(), self._key(machine): {**asdict(machine), "sqnr_db": results}}
+        entry = {**asdict(machine), "sqnr_db": results}
+        passed = {**passed_tests(self.engine_dir), self._key(machine): entry}
         try:
             write_atomic(self.engine_dir / RECORD, json.dumps(passed, indent=1).encode())
         except StorageError as error:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .errors import DiskFullError, FileWriteError
+from .errors import DiskFullError, EngineBusyError, FileWriteError, StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +22,7 @@ NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 """Full disk, full quota, and the largest file a file system (or a resource limit) allows."""
 
 TEMPORARY_NAME = re.compile(r"\..+\.\d+\.tmp")
+LOCK = "build.lock"
 LOCK_POLL_SECONDS = 0.1
 
 
@@ -112,7 +113,7 @@ def locked(folder: Path, waiting: Callable[[], None]) -> Iterator[None]:
     Raises:
         StorageError: The lock file cannot be made.
     """
-    lock = FileLock(folder / "build.lock")
+    lock = FileLock(folder / LOCK)
     while not _acquired(lock):
         waiting()
     try:
@@ -133,3 +134,32 @@ def _acquired(lock: FileLock) -> bool:
         except Timeout:
             return False
     return True
+
+
+@contextlib.contextmanager
+def locked_at_once(folder: Path) -> Iterator[None]:
+    """Hold the lock of `folder`.
+
+    Raises:
+        EngineBusyError: another process has it.
+    """
+
+    def refuse() -> None:
+        raise EngineBusyError(folder)
+
+    with locked(folder, refuse):
+        yield
+
+
+def is_locked(folder: Path) -> bool:
+    """Tell whether a process is building in `folder`; False where no lock can be taken at all."""
+    if not (folder / LOCK).is_file():
+        return False
+    try:
+        with locked_at_once(folder):
+            return False
+    except EngineBusyError:
+        return True
+    except StorageError:
+        # a read-only folder: nobody builds in it
+        return False

@@ -22,9 +22,16 @@ import comfy.model_management as mm  # noqa: E402
 import comfy.sampler_helpers  # noqa: E402
 import comfy.samplers  # noqa: E402
 import comfy.sd  # noqa: E402
+import folder_paths  # noqa: E402
 from comfy_extras.nodes_ip2p import InstructPixToPixConditioning  # noqa: E402
-from flux_fp4.nodes.calibration import model_space_latents, prompts_of  # noqa: E402
-from flux_fp4.nodes.errors import CalibrationInputError  # noqa: E402
+from flux_fp4.nodes import paths  # noqa: E402
+from flux_fp4.nodes.calibration import (  # noqa: E402
+    CalibrationSamples,
+    model_space_latents,
+    prompts_of,
+)
+from flux_fp4.nodes.errors import ArtifactNameError, CalibrationInputError  # noqa: E402
+from flux_fp4.quant.calibration_files import load_samples  # noqa: E402
 
 import nodes  # noqa: E402
 
@@ -154,3 +161,25 @@ def test_latents_of_other_models_are_refused(shape: tuple[int, ...], text: str) 
 def test_empty_latent_is_refused() -> None:
     with pytest.raises(CalibrationInputError, match="This latent is empty"):
         model_space_latents({"samples": torch.zeros(1, 128, 8, 8)})
+
+
+def test_samples_are_saved_for_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = {paths.MODEL_FOLDER: ([str(tmp_path)], {".safetensors"})}
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", folders)
+    config = TINY_VARIANTS["flux1-dev"]
+    given = (text(config), {"samples": pictures(config)}, 2, 0)
+    output = CalibrationSamples.execute(*given)
+    assert list(tmp_path.iterdir()) == []
+    saved = CalibrationSamples.execute(*given, save_as="mine")
+    file = tmp_path / "samples" / "mine.samples.safetensors"
+    assert load_samples(file).digest() == output.result[0].digest() == saved.result[0].digest()
+    assert paths.quantized_checkpoints() == []
+
+
+@pytest.mark.parametrize("name", ["../a", "/a", ".a", "a/b", "con"])
+def test_hostile_names_of_samples_are_refused(name: str) -> None:
+    assert "cannot be used" in str(CalibrationSamples.validate_inputs(save_as=name))
+    with pytest.raises(ArtifactNameError, match="FLUX Calibration Samples"):
+        paths.samples_file(name)

@@ -17,13 +17,18 @@ else:
 
 ROOT = Path(__file__).resolve().parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-PACKAGES = ("nodes", "quant", "trt_runtime")
-SOURCES = [ROOT / "__init__.py", *(p for name in PACKAGES for p in (ROOT / name).rglob("*.py"))]
+PACKAGES = ("cli", "nodes", "quant", "trt_runtime")
+SOURCES = [
+    ROOT / "__init__.py",
+    ROOT / "__main__.py",
+    *(p for name in PACKAGES for p in (ROOT / name).rglob("*.py")),
+]
 HEAVY = ("torch", "modelopt", "tensorrt", "tensorrt_rtx", "onnx", "onnx_ir", "onnxruntime")
 
 # A copy of the repository's rules over a package with one fault in it.
 CLEAN = {
     "__init__.py": "",
+    "cli/__init__.py": "",
     "nodes/__init__.py": "",
     "quant/__init__.py": "",
     "quant/recipe.py": "",
@@ -34,6 +39,8 @@ VIOLATIONS = {
     "siblings": ("quant/recipe.py", "from ..trt_runtime import backend\n"),
     "no-comfyui": ("trt_runtime/backend.py", "import folder_paths\n"),
     "no-comfyui-through-nodes": ("quant/recipe.py", "from .. import nodes\n"),
+    "no-comfyui-in-cli": ("cli/__init__.py", "from .. import nodes\n"),
+    "cli-on-top": ("quant/recipe.py", "from .. import cli\n"),
     "quant-no-tensorrt": ("quant/recipe.py", "import tensorrt_rtx\n"),
     "runtime-no-modelopt": ("trt_runtime/backend.py", "import modelopt.torch\n"),
 }

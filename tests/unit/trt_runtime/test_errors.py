@@ -84,6 +84,11 @@ EXAMPLES: list[tuple[EngineError, str]] = [
         "blocks are kept.",
     ),
     (
+        errors.EngineBusyError(ENGINE),
+        "'flux/sm120' is being built by another process. Nothing was changed; wait until that is "
+        "done and try again.",
+    ),
+    (
         errors.PlanBuildError("single_blocks.3", ["node 'n': no"]),
         "TensorRT cannot build block 'single_blocks.3': node 'n': no. If the ONNX files are older "
         'than this version of the pack, run "Export FLUX FP4 to ONNX" again.',

@@ -1,0 +1,57 @@
+"""Probes of `doctor` that look into the models folder."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from .folders import model_folders
+
+
+def disk(models: Path | None) -> dict[str, Any]:
+    """Tell the room on the disk of the models folder."""
+    folder = model_folders(models).roots[0]
+    existing = next(place for place in (folder, *folder.parents) if place.is_dir())
+    usage = shutil.disk_usage(existing)
+    return {"folder": str(folder), "free_bytes": usage.free, "total_bytes": usage.total}
+
+
+def models(models: Path | None) -> dict[str, Any]:
+    """Tell checkpoints and engines with their state, as `list` does."""
+    from .inventory import inventory
+
+    return inventory(model_folders(models))
+
+
+def machines(models: Path | None) -> list[dict[str, Any]]:
+    """Tell on which machines engines have compiled kernels and passed the self-test, or failed."""
+    from ..trt_runtime.cleanup import engine_folders
+    from ..trt_runtime.removal import engine_files
+    from ..trt_runtime.runtime_cache import CACHE_NAME, cache_owner
+    from ..trt_runtime.self_test_record import failed_test, passed_tests
+
+    found = []
+    for checkpoint in sorted(model_folders(models).checkpoint_folders()):
+        for folder in engine_folders(checkpoint):
+            caches = [path for path in engine_files(folder) if CACHE_NAME.fullmatch(path.name)]
+            found.append(
+                {
+                    "engine": f"{checkpoint.name}/{folder.name}",
+                    "kernels": [
+                        {"of": cache_owner(path), "bytes": path.stat().st_size} for path in caches
+                    ],
+                    "self_tests_passed": list(passed_tests(folder).values()),
+                    "self_test_failed": failed_test(folder),
+                }
+            )
+    return found
+
+
+def leftovers(models: Path | None) -> list[str]:
+    """Tell what `gc` would show."""
+    from .collect import DAY, find_all
+
+    findings = find_all(model_folders(models), time.time(), 30 * DAY, None)
+    return [f"{finding.kind} {finding.path}: {finding.reason}" for finding in findings]
