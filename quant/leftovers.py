@@ -14,7 +14,8 @@ from .statistics_names import statistics_name
 
 _STATISTICS_NAME = re.compile(r"[0-9a-f]{16}-[0-9a-f]{16}")
 _STATISTICS_FILES = re.compile(
-    r"(double|single)_blocks\.\d{1,4}\.safetensors|velocity_sqnr_db\.txt|\..+-[0-9a-f]{32}\.tmp"
+    r"(double|single)_blocks\.\d{1,4}\.safetensors|velocity_sqnr_db\.txt|\.lock"
+    r"|\..+-[0-9a-f]{32}\.tmp"
 )
 _TEMPORARY = re.compile(r"\..+-[0-9a-f]{32}\.tmp")
 """What an export or a calibration writes to until a file is whole."""
