@@ -62,7 +62,7 @@ def use_baked(model: Any, patches: Mapping[str, Sequence[Patch]], device: torch.
         EngineError: A build failed; what was finished is kept.
     """
     from ..trt_runtime.selection import BakedBlocks
-    from ..trt_runtime.store import locked
+    from ..trt_runtime.store import locked, make_folder
 
     acting, selection = acting_patches(patches, model.plan_linears), model.engine.selection
     if not acting:
@@ -73,7 +73,7 @@ def use_baked(model: Any, patches: Mapping[str, Sequence[Patch]], device: torch.
     root = checkpoint.path.parent / BAKES
     blocks = [name for name in model.plan_linears if any(f.startswith(f"{name}.") for f in acting)]
     baked = BakedBlocks(root / key[:KEY_DIGITS], tuple(blocks))
-    root.mkdir(exist_ok=True)
+    make_folder(root)
     progress = progress_of_running_node()
     with locked(root, lambda: progress("Waiting for another LoRA to be baked", 0, len(blocks))):
         _make_blocks(model, acting, key, baked, device, progress)

@@ -67,6 +67,7 @@ class StatisticsFolder:
 
     def write(self, block: str, statistics: BlockStatistics) -> None:
         """Store a block's statistics; the file takes its name when it is whole."""
+        make_folder(self.path)
         # as bytes: safetensors' own writing to a file tells a full disk in words only
         data = save(_to_tensors(statistics), self._identity | {"block": block})
         with whole_file(self._file(block), len(data)) as file:

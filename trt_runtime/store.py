@@ -14,7 +14,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .errors import DiskFullError, EngineBusyError, FileWriteError, StorageError
+from .errors import DiskFullError, EngineBusyError, FileWriteError
 
 logger = logging.getLogger(__name__)
 
@@ -155,11 +155,14 @@ def is_locked(folder: Path) -> bool:
     """Tell whether a process is building in `folder`; False where no lock can be taken at all."""
     if not (folder / LOCK).is_file():
         return False
+    # not `locked`: that cleans the folder up, and to look must change nothing
+    lock = FileLock(folder / LOCK)
     try:
-        with locked_at_once(folder):
-            return False
-    except EngineBusyError:
+        lock.acquire(timeout=0)
+    except Timeout:
         return True
-    except StorageError:
+    except OSError:
         # a read-only folder: nobody builds in it
         return False
+    lock.release()
+    return False
