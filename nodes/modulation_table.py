@@ -99,9 +99,12 @@ class ModulationTable:
     def _compute(self, vec: Tensor) -> None:
         """Send every weight to the GPU once, for this vector and all that are known to come."""
         needed = _key(vec)
-        new = {_key(v): v for v in self._coming()}
-        new = {key: v for key, v in new.items() if key not in self._kept and key != needed}
-        new[needed] = vec
+        coming = {_key(v): v for v in self._coming()}
+        # steps before this one are over
+        later = list(coming)[list(coming).index(needed) + 1 if needed in coming else 0 :]
+        wanted = [key for key in later if key not in self._kept and key != needed]
+        # more than fits would push out the very next step
+        new = {key: coming[key] for key in wanted[: self._room(vec) - 1]} | {needed: vec}
         rows: list[Tensor] = []
         for linear in self.linears:
             with _on(vec.device, linear):
@@ -115,6 +118,11 @@ class ModulationTable:
         # the vector that is needed now came last
         while len(self._kept) > 1 and sum(t.nbytes for t in self._kept.values()) > MAX_BYTES:
             self._kept.popitem(last=False)
+
+    def _room(self, vec: Tensor) -> int:
+        """Return how many vectors like this one may be kept; at least one."""
+        outputs = sum(linear.out_features for linear in self.linears)
+        return max(1, MAX_BYTES // max(1, len(vec) * outputs * vec.element_size()))
 
 
 class TabledModulation(Modulation):

@@ -129,6 +129,19 @@ def test_memory_for_vectors_is_bounded(
     assert tabled.model.modulation.passes == 3
 
 
+def test_many_steps_are_computed_in_as_many_passes_as_memory_asks_for(
+    tabled: EnginePatcher, resident: EnginePatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table: ModulationTable = tabled.model.modulation
+    outputs = sum(linear.out_features for linear in table.linears)
+    vec_bytes = outputs * tabled.model.get_dtype().itemsize
+    monkeypatch.setattr(modulation_table, "MAX_BYTES", 2 * vec_bytes)
+    assert torch.equal(sample(resident), sample(tabled))
+    # three steps, of which two fit
+    assert table.passes == 2
+    assert len(table._kept) == 2
+
+
 def with_lora(model: Any, strength: float) -> Any:
     return comfy.sd.load_lora_for_models(model, None, lora_of(*MODULATION), strength, 0)[0]
 
