@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 _ENGINE_FILES = {*MANIFESTS, RECORD, REPORT, LAST_USED}
 _CACHE = re.compile(r"runtime-[0-9a-f]{8}\.(cache|lock)")
-_BAKE_FILES = {LAST_USED, ".blocks.partial", ".blocks.journal", ".blocks.lock"}
+_BAKE_FILES = {LAST_USED, ".blocks.partial", ".blocks.journal", ".blocks.lock", ".onnx.lock"}
 _ONNX = re.compile(rf"{BLOCK_NAME.pattern}\.onnx|\.{BLOCK_NAME.pattern}-[0-9a-f]{{32}}\.tmp")
 
 

@@ -121,7 +121,7 @@ def test_missing_plans_are_built_when_the_first_mask_comes(
     )
     monkeypatch.setattr(
         "flux_fp4.trt_runtime.variant_plans.build_selected",
-        lambda folder, selection, progress: built.append([selection.name_of(n) for n in names]),
+        lambda _folder, selection, *_: built.append([selection.name_of(n) for n in names]),
     )
     monkeypatch.setattr("flux_fp4.nodes.built_plans.progress_of_running_node", Progress)
     sample(engine, masked(random_mask(1, TOKENS, TOKENS)))

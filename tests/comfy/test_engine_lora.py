@@ -272,7 +272,7 @@ def test_missing_plans_are_built_before_anything_is_loaded(
         def show(self, text: str) -> None:
             progress.append(text)
 
-    def build(folder: Any, selection: Selection, _progress: Any) -> None:
+    def build(_folder: Any, selection: Selection, *_how: Any) -> None:
         assert not plans.loaded
         built.append(list(selection.adapters))
 
