@@ -8,7 +8,6 @@ Prompts are stored once, however many samples use them; numbers are in the heade
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -16,12 +15,13 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from .calibration import CalibrationSample, CalibrationSet, Conditioning
 from .errors import CalibrationFileError
 from .safetensors_header import read_header
+from .whole_files import make_folder, whole_file
 
 _KEY = "flux_fp4_samples"
 _MAX_BYTES = 16 << 30
@@ -59,7 +59,11 @@ class _Numbers(_Strict):
 
 
 def save_samples(calibration: CalibrationSet, path: Path) -> None:
-    """Write samples; the file takes its name when it is whole."""
+    """Write samples; the file takes its name when it is whole.
+
+    Raises:
+        DiskFullError, FileWriteError: The system refuses to write; ``path`` is as before.
+    """
     # samples of one picture and prompt share the object
     distinct = {id(sample.conditioning): sample.conditioning for sample in calibration.samples}
     place = {key: index for index, key in enumerate(distinct)}
@@ -88,13 +92,11 @@ def save_samples(calibration: CalibrationSet, path: Path) -> None:
     )
     # clones: safetensors refuses tensors that share memory
     stored = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}-{uuid.uuid4().hex}.tmp")
-    try:
-        save_file(stored, temporary, {_KEY: numbers.model_dump_json()})
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    make_folder(path.parent)
+    # as bytes: safetensors' own writing to a file tells a full disk in words only
+    data = save(stored, {_KEY: numbers.model_dump_json()})
+    with whole_file(path, len(data)) as file:
+        file.write(data)
 
 
 def load_samples(path: Path) -> CalibrationSet:

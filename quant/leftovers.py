@@ -11,14 +11,15 @@ from .errors import QuantizedCheckpointError
 from .model_folders import ModelFolders, checkpoint_file
 from .quantized_checkpoint import QuantizedCheckpoint
 from .statistics_names import statistics_name
+from .whole_files import TEMPORARY_END
 
 _STATISTICS_NAME = re.compile(r"[0-9a-f]{16}-[0-9a-f]{16}")
+_TEMPORARY = re.compile(rf"\..+{TEMPORARY_END}")
+"""What an export or a calibration writes to until a file is whole."""
 _STATISTICS_FILES = re.compile(
     r"(double|single)_blocks\.\d{1,4}\.safetensors|velocity_sqnr_db\.txt|\.lock"
-    r"|\..+-[0-9a-f]{32}\.tmp"
+    rf"|{_TEMPORARY.pattern}"
 )
-_TEMPORARY = re.compile(r"\..+-[0-9a-f]{32}\.tmp")
-"""What an export or a calibration writes to until a file is whole."""
 
 
 def unused_statistics(folders: ModelFolders) -> list[Path]:

@@ -21,8 +21,10 @@ from .errors import DiskFullError, FileWriteError
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 """Full disk, full quota, and the largest file a file system (or a resource limit) allows."""
 
+TEMPORARY_END = r"-[0-9a-f]{32}\.tmp"
+"""Regular expression for how the name of a file ends until the file is whole."""
+
 _LOCK_POLL_SECONDS = 0.1
-_TEMPORARY_END = r"-[0-9a-f]{32}\.tmp"
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +109,7 @@ def only_writer(lock: Path, folder: Path, stem: str, waiting: Callable[[], None]
     while not _acquired(held):
         waiting()
     try:
-        leftover = re.compile(rf"\.(?:{stem}){_TEMPORARY_END}")
+        leftover = re.compile(rf"\.(?:{stem}){TEMPORARY_END}")
         for path in folder.iterdir():
             if leftover.fullmatch(path.name):
                 _remove(path)

@@ -52,7 +52,9 @@ class PlanPool:
         for block in outdated:
             self._drop(block)
         loaded = [
-            block for block in self._entries if block in self._staying - self._contexts.keys()
+            block
+            for block in self._entries
+            if block in self._staying and block not in self._contexts
         ]
         for block in loaded:
             self._contexts[block] = self._open(self._entries[block])
