@@ -131,7 +131,7 @@ def _show(findings: list[Finding], delete: bool) -> None:
 
 
 def _removed(finding: Finding) -> int:
-    from ..trt_runtime.errors import EngineBusyError
+    from ..trt_runtime.errors.storage import EngineBusyError
 
     if finding.remove is None:
         return 0

@@ -25,7 +25,7 @@ class NameRefusedError(CommandError):
     def __init__(self, name: str, fault: str) -> None:
         self.name, self.fault = name, fault
         super().__init__(
-            f"{name!r} cannot be the name of an FP4 checkpoint: {fault}. "
+            f"{name!r} cannot be the name of a file: {fault}. "
             "Use a plain name such as 'flux1-dev-nvfp4'."
         )
 
@@ -34,7 +34,7 @@ class NotFoundError(CommandError):
     """Nothing of that name lies in the models folder."""
 
     def __init__(self, kind: str, name: str, folder: Path, next_step: str) -> None:
-        self.kind, self.name, self.folder = kind, name, folder
+        self.kind, self.name, self.folder, self.next_step = kind, name, folder, next_step
         super().__init__(f"There is no {kind} {name!r} in '{folder}'. {next_step}")
 
 

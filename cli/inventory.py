@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..quant.errors import QuantizedCheckpointError
+from ..quant.errors.files import QuantizedCheckpointError
 from ..quant.leftovers import unfinished_checkpoints
 from ..quant.model_folders import ModelFolders, checkpoint_file
 from ..quant.quantized_checkpoint import QuantizedCheckpoint

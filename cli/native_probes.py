@@ -90,7 +90,7 @@ def _torch() -> dict[str, Any]:
 
 def _backend(name: str) -> dict[str, Any]:
     from ..trt_runtime.backend import load_backend
-    from ..trt_runtime.errors import BackendMissingError
+    from ..trt_runtime.errors.backend import BackendMissingError
 
     try:
         return {"version": load_backend(name).version}

@@ -12,6 +12,7 @@ from ..trt_runtime.targets import build_spec
 from . import paths
 from .build import MAX_BATCH, MAX_MEGAPIXELS, MAX_TEXT_TOKENS, TARGET, WORKERS
 from .errors import CalibrationMissingError
+from .failures import told
 from .fingerprint import OutputLedger
 from .load import (
     BACKEND,
@@ -78,6 +79,7 @@ class EngineFromCheckpoint(io.ComfyNode):
         return source_state(checkpoint), recipe_state(recipe), ledger
 
     @classmethod
+    @told
     def execute(
         cls,
         checkpoint: str,

@@ -21,7 +21,7 @@ import torch
 from blake3 import blake3
 
 from ..trt_runtime.bakes import BAKES, BLOCKS, KEY_DIGITS, bake_folders
-from ..trt_runtime.errors import EngineBusyError
+from ..trt_runtime.errors.storage import EngineBusyError
 from ..trt_runtime.last_use import last_used, mark_used
 from ..trt_runtime.removal import remove_bake
 from . import paths
@@ -123,7 +123,7 @@ def _digest(checkpoint: QuantizedCheckpoint, acting: Mapping[str, Sequence[Patch
 def _is_quantized(
     path: Path, checkpoint: QuantizedCheckpoint, key: str, blocks: Sequence[str]
 ) -> bool:
-    from ..quant.errors import QuantizedCheckpointError
+    from ..quant.errors.files import QuantizedCheckpointError
     from ..quant.quantized_checkpoint import QuantizedCheckpoint
 
     if not path.is_file():
@@ -138,7 +138,7 @@ def _is_quantized(
 
 
 def _is_exported(path: Path) -> bool:
-    from ..quant.errors import OnnxExportMissingError
+    from ..quant.errors.export import OnnxExportMissingError
     from ..quant.onnx_export import exported_blocks
 
     try:

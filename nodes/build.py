@@ -8,6 +8,7 @@ from comfy_api.latest import io, ui
 
 from ..trt_runtime.targets import TARGETS, build_spec
 from . import paths
+from .failures import told
 from .fingerprint import OutputLedger, file_state
 from .schema import CATEGORY, description
 
@@ -102,6 +103,7 @@ class BuildEngine(io.ComfyNode):
         return source, cls.ledger.fingerprint(cls.hidden.unique_id)
 
     @classmethod
+    @told
     def execute(
         cls,
         checkpoint: str,

@@ -9,6 +9,7 @@ from comfy_api.latest import io, ui
 
 from . import paths
 from .errors import CalibrationInputError
+from .failures import told
 from .schema import CATEGORY, Samples, description
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ class CalibrationSamples(io.ComfyNode):
         return True if fault is None else f"{save_as!r} cannot be used: {fault}"
 
     @classmethod
+    @told
     def execute(
         cls,
         conditioning: list[Any],
@@ -177,7 +179,7 @@ def prompts_of(conditioning: list[Any], latents: Tensor) -> list[Conditioning]:
         raise CalibrationInputError(
             "This conditioning holds no prompt",
             "calibration needs at least one",
-            "Connect 'CLIP Text Encode'.",
+            "Connect 'CLIP Text Encode (Prompt)'.",
         )
     return prompts
 

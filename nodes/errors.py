@@ -8,6 +8,12 @@ from collections.abc import Sequence
 class NodeError(Exception):
     """Root of every error the node layer raises on purpose."""
 
+    def __init_subclass__(cls) -> None:
+        # Inside ComfyUI the pack's modules are named by their path on the disk, and the errors
+        # panel, 38 letters wide, shows the full class name twice above the text.
+        super().__init_subclass__()
+        cls.__module__ = "flux_fp4"
+
 
 class ArtifactNameError(NodeError):
     """A name cannot become a file or folder in a model folder.
@@ -21,7 +27,7 @@ class ArtifactNameError(NodeError):
     def __init__(self, name: str, reason: str, node: str = "Quantize FLUX to FP4") -> None:
         self.name, self.reason, self.node = name, reason, node
         super().__init__(
-            f"{name!r} cannot be the name of an FP4 checkpoint: {reason}. "
+            f"{name!r} cannot be the name of a file: {reason}. "
             f"Enter a plain name such as 'flux1-dev-nvfp4' in '{node}'."
         )
 
@@ -197,7 +203,7 @@ class EngineModelError(NodeError):
 
     def __init__(self, feature: str, next_step: str) -> None:
         self.feature, self.next_step = feature, next_step
-        super().__init__(f"A FLUX FP4 engine {feature}. {next_step}")
+        super().__init__(f"A FLUX FP4 engine {feature}. {next_step}.")
 
 
 class PreflightError(NodeError):
@@ -228,4 +234,38 @@ class UnsupportedByEngineError(NodeError):
         super().__init__(
             f"{feature} cannot be applied in '{block}': its attention runs inside the FP4 engine. "
             f"{next_step}, or use 'Load Diffusion Model' for this MODEL."
+        )
+
+
+class PackageMissingError(NodeError):
+    """A Python package that the pack needs is not installed, or does not fit the others.
+
+    Attributes:
+        package: Its name.
+        reason: What Python says.
+    """
+
+    def __init__(self, package: str, reason: str) -> None:
+        self.package, self.reason = package, reason
+        super().__init__(
+            f"The Python package '{package}' cannot be used: {reason}. Install what this "
+            "pack needs into ComfyUI's Python, in the folder of the pack, with: "
+            "python -m pip install -r requirements.txt"
+        )
+
+
+class FileAccessError(NodeError):
+    """The system refuses a file that no other error here speaks of.
+
+    Attributes:
+        file: Its path; empty if the system names none.
+        reason: What the system says.
+    """
+
+    def __init__(self, file: str, reason: str) -> None:
+        self.file, self.reason = file, reason
+        subject = f"'{file}' cannot be used" if file else "A file cannot be used"
+        super().__init__(
+            f"{subject}: {reason}. Check that it is there, that ComfyUI may read and write it and "
+            "that no other program holds it, then queue again."
         )

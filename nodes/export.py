@@ -9,6 +9,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from . import paths
+from .failures import told
 from .fingerprint import OutputLedger, file_state
 from .schema import CATEGORY, description
 
@@ -60,6 +61,7 @@ class ExportONNX(io.ComfyNode):
         return source, cls.ledger.fingerprint(cls.hidden.unique_id)
 
     @classmethod
+    @told
     def execute(cls, checkpoint: str, whole_transformer: bool = False) -> io.NodeOutput:
         from . import stages
         from .progress import NodeProgress

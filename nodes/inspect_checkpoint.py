@@ -8,6 +8,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from . import paths
+from .failures import told
 from .fingerprint import file_state
 from .schema import CATEGORY, description
 
@@ -47,6 +48,7 @@ class Inspect(io.ComfyNode):
         return [(path.parent.name, file_state(path)) for path in (file, *manifests)]
 
     @classmethod
+    @told
     def execute(cls, checkpoint: str) -> io.NodeOutput:
         from . import reports
         from .progress import NodeProgress

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from comfy_api.latest import io, ui
 
 from . import paths
+from .failures import told
 from .fingerprint import file_state
 from .schema import CATEGORY, description
 
@@ -106,6 +107,7 @@ class LoadEngine(io.ComfyNode):
         return [file_state(file) for file in files]
 
     @classmethod
+    @told
     def execute(
         cls,
         engine: str,

@@ -87,10 +87,16 @@ class ModelSource(FluxSource):
 
 def _check_weights_tell_all(model: ModelPatcher) -> None:
     if hasattr(model.model, "engine"):
-        raise ModelSourceError("it is a TensorRT engine already", "Load the original checkpoint.")
+        raise ModelSourceError(
+            "it is a TensorRT engine already",
+            "Connect 'Load Diffusion Model' with the original checkpoint.",
+        )
     if model.model.model_config.unet_config.get("image_model") not in ("flux", "flux2"):
         kind = type(model.model).__name__
-        raise ModelSourceError(f"it is a {kind} model, not FLUX", "Connect a FLUX model.")
+        raise ModelSourceError(
+            f"it is a {kind} model, not FLUX",
+            "Connect 'Load Diffusion Model' with a FLUX checkpoint.",
+        )
     if model.hook_patches:
         raise ModelSourceError(
             "a LoRA is scheduled on it by hooks, so its weights change while it samples",

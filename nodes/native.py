@@ -7,6 +7,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from . import paths
+from .failures import told
 from .fingerprint import OutputLedger, file_state
 from .schema import CATEGORY, description
 
@@ -55,6 +56,7 @@ class SaveNative(io.ComfyNode):
         return source, cls.ledger.fingerprint(cls.hidden.unique_id)
 
     @classmethod
+    @told
     def execute(cls, checkpoint: str, name: str) -> io.NodeOutput:
         from ..quant.native_checkpoint import save_native_checkpoint
         from ..quant.quantized_checkpoint import QuantizedCheckpoint

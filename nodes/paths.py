@@ -83,7 +83,9 @@ def user_recipe(name: str) -> Path:
     """
     path = _folders().recipe(name)
     if path is None:
-        raise ArtifactNotFoundError("recipe", name, "Choose another one.")
+        raise ArtifactNotFoundError(
+            "recipe", name, "Choose another one in 'recipe', or press R to refresh the lists."
+        )
     return path
 
 

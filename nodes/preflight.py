@@ -12,6 +12,7 @@ from ..trt_runtime.targets import TARGETS
 from . import paths
 from .build import TARGET
 from .errors import PreflightError
+from .failures import told
 from .machine import Machine, folder_problems, gigabytes, memory_problems
 from .quantize import NAME, source_input, source_state
 from .recipe_inputs import ADVANCED, FP8_ATTENTION, options_from, recipe_input, recipe_state
@@ -50,6 +51,7 @@ class Preflight(io.ComfyNode):
         return source_state(checkpoint), recipe_state(recipe), float("nan")
 
     @classmethod
+    @told
     def execute(
         cls,
         checkpoint: str,

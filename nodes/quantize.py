@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from comfy_api.latest import io, ui
 
 from . import paths
+from .failures import told
 from .fingerprint import FileState, OutputLedger, file_state
 from .recipe_inputs import ADVANCED, FP8_ATTENTION, options_from, recipe_input, recipe_state
 from .schema import CATEGORY, Samples, description
@@ -75,6 +76,7 @@ class Quantize(io.ComfyNode):
         return source_state(checkpoint), recipe_state(recipe), ledger
 
     @classmethod
+    @told
     def execute(
         cls,
         checkpoint: str,
@@ -130,6 +132,7 @@ class QuantizeModel(io.ComfyNode):
         return recipe_state(recipe), cls.ledger.fingerprint(cls.hidden.unique_id)
 
     @classmethod
+    @told
     def execute(
         cls,
         model: Any,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from .block_quantizer import attention_scales, update_sqnr_db
-from .errors import FormatBudgetError
+from .errors.recipes import FormatBudgetError
 from .flux.config import block_linears
 from .linear_quantizer import quantize_linear
 from .progress import Progress

@@ -15,7 +15,7 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from .errors import CalibrationError, NotFiniteError
+from .errors.calibration import CalibrationError, NotFiniteError
 from .flux.config import FluxConfig
 from .flux.layers import rope_cos_sin
 from .flux.model import Embedders, patchify, text_ids
@@ -297,5 +297,5 @@ def _check_finite(latent: Tensor, condition: Conditioning, index: int) -> None:
     for name, tensor in {"latent": latent, **_tensors(condition)}.items():
         if tensor is not None and not torch.isfinite(tensor).all():
             raise NotFiniteError(
-                f"The {name} of calibration sample {index}", "Decode it and look at it."
+                f"The {name} of calibration sample {index}", "Look at it with 'VAE Decode'."
             )

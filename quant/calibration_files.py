@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from .calibration import CalibrationSample, CalibrationSet, Conditioning
-from .errors import CalibrationFileError
+from .errors.calibration import CalibrationFileError
 from .safetensors_header import read_header
 from .whole_files import make_folder, whole_file
 

@@ -17,7 +17,7 @@ import torch
 from .block_writing import BlockWork, block_reports, write_blocks
 from .checkpoint_layout import Layout, checkpoint_layout
 from .checkpoint_writer import CheckpointWriter
-from .errors import StatisticsMissingError
+from .errors.calibration import StatisticsMissingError
 from .flux.config import block_linears
 from .progress import Progress
 from .quantized_checkpoint import QuantizedCheckpoint, is_in_plan

@@ -26,7 +26,7 @@ from blake3 import blake3
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from .errors import CheckpointBusyError, DiskFullError, FolderNotWritableError
+from .errors.files import CheckpointBusyError, DiskFullError, FolderNotWritableError
 from .journal import Journal
 from .quantized_checkpoint import METADATA_KEY, QuantizedMetadata
 from .whole_files import NO_SPACE, make_folder, storing, sync_folder

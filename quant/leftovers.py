@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import QuantizedCheckpointError
+from .errors.files import QuantizedCheckpointError
 from .model_folders import ModelFolders, checkpoint_file
 from .quantized_checkpoint import QuantizedCheckpoint
 from .statistics_names import statistics_name

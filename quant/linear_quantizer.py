@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .errors import UnsupportedWeightError
+from .errors.sources import UnsupportedWeightError
 from .fp8 import quantize_weight_fp8
 from .low_rank import low_rank_branch
 from .modelopt_calibration import awq_pre_quant_scale

@@ -15,7 +15,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from .errors import CalibrationError, NotFiniteError
+from .errors.calibration import OTHER_SAMPLES, CalibrationError, NotFiniteError
 from .nvfp4 import fake_quantize_weight
 
 _NVFP4 = {
@@ -84,7 +84,8 @@ def _awq_scale(mtq: ModuleType, weight: Tensor, rows: Tensor, alpha_step: float)
 def _check_rows(name: str, rows: Tensor) -> None:
     if not torch.isfinite(rows).all():
         raise NotFiniteError(
-            f"An input of '{name}'", "Try other latents or prompts for calibration."
+            f"An input of '{name}'",
+            OTHER_SAMPLES,
         )
     if not rows.any():
         raise CalibrationError(

@@ -23,7 +23,8 @@ from blake3 import blake3
 from safetensors import SafetensorError
 from torch import Tensor
 
-from .errors import DiskFullError, NativeCheckpointError, NativeTargetError
+from .errors.export import NativeCheckpointError, NativeTargetError
+from .errors.files import DiskFullError
 from .flux.config import block_linears
 from .native_nvfp4 import native_marker, native_shapes, to_native
 from .nvfp4 import NVFP4Weight

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from .e2m1 import E2M1_MAX, decode_packed, encode_e2m1, pack_codes, round_to_e2m1
-from .errors import NotFiniteError, UnsupportedWeightError
+from .errors.calibration import NotFiniteError
+from .errors.sources import UnsupportedWeightError
 from .nvfp4_scales import (
     E4M3_MAX,
     NVFP4_BLOCK,

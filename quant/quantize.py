@@ -15,7 +15,7 @@ from .block_writing import BlockWork, block_reports, write_blocks, write_kept
 from .calibration import CalibrationSet
 from .checkpoint_layout import Layout, checkpoint_layout
 from .checkpoint_writer import CheckpointWriter
-from .errors import NoiseCheckpointError
+from .errors.sources import NoiseCheckpointError
 from .flux.config import block_linears
 from .progress import Progress
 from .quantized_checkpoint import QuantizedCheckpoint, QuantizedMetadata, finite_or_limit

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 
-from .errors import QuantizedCheckpointError
+from .errors.files import QuantizedCheckpointError
 from .flux.config import FluxConfig, block_linears
 from .recipe import Format, QuantizeOptions
 from .safetensors_header import StoredTensor, read_header

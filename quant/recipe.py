@@ -10,7 +10,7 @@ from typing import Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from .errors import RecipeError
+from .errors.recipes import RecipeError
 
 Format = Literal["nvfp4", "fp8", "bf16"]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .calibration import CalibrationSet, SampleState, embedded_samples
-from .errors import NotFiniteError
+from .errors.calibration import OTHER_SAMPLES, NotFiniteError
 from .flux.blocks import (
     DoubleStreamBlock,
     SingleStreamBlock,
@@ -157,7 +157,8 @@ def _collect(
             folder.write(name, observer.statistics(probes))
         if not all(torch.isfinite(state.img).all() for state in states):
             raise NotFiniteError(
-                f"The output of '{name}'", "Try other latents or prompts for calibration."
+                f"The output of '{name}'",
+                OTHER_SAMPLES,
             )
     folder.write_velocity_sqnr_db(_velocity_sqnr_db(source, calibration, states))
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .calibration import SampleState
-from .errors import CalibrationError, NotFiniteError
+from .errors.calibration import OTHER_SAMPLES, CalibrationError, NotFiniteError
 from .flux.blocks import DoubleStreamBlock, SingleStreamBlock
 
 ROWS = 128
@@ -237,7 +237,7 @@ def _small(x: Tensor) -> Tensor:
 def _range(seen: Sequence[Tensor], subject: str) -> RangeStatistics:
     values = torch.cat(list(seen)).cpu()
     if not torch.isfinite(values).all():
-        raise NotFiniteError(subject, "Try other latents or prompts for calibration.")
+        raise NotFiniteError(subject, OTHER_SAMPLES)
     # not torch.quantile: it interpolates with rounding, and takes 16 million values at most
     ordered = values.sort().values
     index = torch.linspace(0, len(ordered) - 1, QUANTILES, dtype=torch.float64).ceil().long()

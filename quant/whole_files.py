@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
-from .errors import DiskFullError, FileWriteError
+from .errors.files import DiskFullError, FileWriteError
 
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 """Full disk, full quota, and the largest file a file system (or a resource limit) allows."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from .contract import LORA_DOWN, LORA_UP, TensorSpec
-from .errors import AdapterError
+from .errors.run import AdapterError
 from .spec import MAX_LORA_RANK
 
 RANK_MULTIPLE = 16

@@ -13,7 +13,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .errors import BackendMissingError, BackendUnusableError, EngineTargetError
+from .errors.backend import BackendMissingError, BackendUnusableError, EngineTargetError
 
 if TYPE_CHECKING:
     import torch

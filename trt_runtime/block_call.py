@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from .contract import TensorSpec
-from .errors import BlockInputError
+from .errors.run import BlockInputError
 from .manifest import PlanEntry
 from .spec import ShapeProfile
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .errors import EngineLintError
+from .errors.build import EngineLintError
 
 LAYERS_HEADER = "Layers:"
 ACTIVATION_MEMORY = re.compile(r"Total Activation Memory: (\d+) bytes")

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .backend import Backend, Gpu, load_backend, probe_gpu
-from .errors import BuildSpecError, EngineTargetError, FormatTargetError
+from .errors import BUILD_NODE
+from .errors.backend import EngineTargetError
+from .errors.build import BuildSpecError, FormatTargetError
 from .manifest import (
     MANIFEST,
     UNFINISHED,
@@ -57,7 +59,9 @@ def build_engine(
     """
     if workers < 0:
         raise BuildSpecError(
-            f"{workers} build processes were asked for; use 1 or more, or 0 for automatic."
+            f"{workers} build processes were asked for",
+            "there must be 1 or more, or 0 for automatic",
+            f"Enter another number of 'workers' in {BUILD_NODE}.",
         )
     backend = load_backend(spec.backend)
     signatures = read_block_folder(folder)
@@ -142,12 +146,13 @@ def check_formats(target: str, formats: BlockFormats) -> None:
     if formats.fp8_attention and without_fp8:
         attention = f"the FP8 attention of '{formats.block}'"
         raise FormatTargetError(
-            target, attention, f"sm{FP8_MIN_SM} or newer", "switch FP8 attention off"
+            target, attention, f"sm{FP8_MIN_SM} or newer", "switch off 'fp8 attention'"
         )
     if formats.high_precision == "bf16" and sm < BF16_MIN_SM:
         raise BuildSpecError(
-            f"Target '{target}' cannot run bf16, which every recipe uses; choose sm{BF16_MIN_SM} "
-            "or newer."
+            f"Target '{target}' cannot run bf16, which every recipe uses",
+            f"sm{BF16_MIN_SM} or newer can",
+            f"Choose another 'target' in {BUILD_NODE}.",
         )
 
 
@@ -155,9 +160,10 @@ def _check_fp8_minimum(spec: BuildSpec, signatures: Sequence[BlockSignature]) ->
     minimum = spec.profile.range("S").minimum
     if minimum < FP8_ATTENTION_MIN_TOKENS and any(s.fp8_attention for s in signatures):
         raise BuildSpecError(
-            f"The profile starts at {minimum} image and text tokens; FP8 attention needs at least "
-            f"{FP8_ATTENTION_MIN_TOKENS} (an image of 96x96 pixels has 36). Raise the minimum, or "
-            "quantize without FP8 attention."
+            f"The profile starts at {minimum} image and text tokens",
+            f"FP8 attention needs at least {FP8_ATTENTION_MIN_TOKENS} (a picture of 96x96 pixels "
+            "has 36)",
+            "Raise the minimum, or switch 'fp8 attention' off in 'Quantize FLUX to FP4'.",
         )
 
 
@@ -165,8 +171,9 @@ def _check_own_gpu(spec: BuildSpec, gpu: Gpu) -> None:
     """TensorRT without compute capability targets builds for the GPU in this machine only."""
     if gpu.problem:
         raise BuildSpecError(
-            f"Backend '{spec.backend}' builds on the GPU that runs the plans, but here is "
-            f'{gpu.problem}. Choose backend "tensorrt_rtx" to build without a GPU.'
+            f"Backend '{spec.backend}' builds on the GPU that runs the plans",
+            f"here is {gpu.problem}",
+            f"Choose a 'target' without 'tensorrt-' in {BUILD_NODE} to build without a GPU.",
         )
     if spec.targets != (gpu.sm,):
         raise EngineTargetError(gpu.name, gpu.sm, spec.targets)

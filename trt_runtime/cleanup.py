@@ -14,7 +14,7 @@ from typing import Literal
 
 from .bakes import BAKES, bake_folders
 from .engine_state import engine_state
-from .errors import ManifestInvalidError, ManifestMissingError
+from .errors.engine import ManifestInvalidError, ManifestMissingError
 from .last_use import last_used
 from .manifest import (
     BAKED,

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from .backend import probe_gpu
-from .errors import BackendUnusableError, EngineTargetError
+from .errors.backend import BackendUnusableError, EngineTargetError
 
 
 class CudaAccess:

@@ -13,7 +13,8 @@ import torch
 from .backend import choose_backend, probe_gpu
 from .block_call import AcceptedCall, accepted_call, batch_parts
 from .contract import MASK, MASK_SHAPE, TensorSpec
-from .errors import BackendUnusableError, BlockInputError
+from .errors.backend import BackendUnusableError
+from .errors.run import BlockInputError
 from .last_use import mark_used
 from .manifest import EngineManifest, PlanEntry, load_manifest, verify_engine
 from .selection import Selection

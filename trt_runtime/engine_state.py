@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .backend import load_backend
-from .errors import (
-    BackendMissingError,
+from .errors.backend import BackendMissingError, EngineVersionError
+from .errors.engine import (
     EngineStaleError,
-    EngineVersionError,
     ManifestInvalidError,
     ManifestMissingError,
     PlanMissingError,

@@ -9,13 +9,9 @@ from pathlib import Path
 from .backend import load_backend
 from .bakes import BAKES, bake_folders
 from .digest import digest_of_ranges
-from .errors import (
-    BackendMissingError,
-    EngineError,
-    EngineStaleError,
-    EngineVersionError,
-    ManifestInvalidError,
-)
+from .errors import EngineError
+from .errors.backend import BackendMissingError, EngineVersionError
+from .errors.engine import EngineStaleError, ManifestInvalidError
 from .manifest import (
     BAKED,
     VARIANTS,

@@ -13,11 +13,8 @@ from .adapters import FactorStore, factor_inputs
 from .backend import Backend, RuntimeLog, runtime_log
 from .cuda_access import CudaAccess
 from .driver import driver_version
-from .errors import (
-    EngineNotLoadedError,
-    ExecutionError,
-    VariantPlanMissingError,
-)
+from .errors.engine import VariantPlanMissingError
+from .errors.run import EngineNotLoadedError, ExecutionError
 from .manifest import EngineManifest, PlanEntry, check_plan
 from .plan_checks import check_signature, check_validity
 from .plan_context import TORCH_DTYPES, PlanContext, ScratchMemory, Shapes

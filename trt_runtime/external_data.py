@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import BlockContractError
+from .errors.blocks import BlockContractError
 
 if TYPE_CHECKING:
     import onnx

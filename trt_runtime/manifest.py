@@ -14,9 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from .backend import Backend
 from .contract import BLOCK_NAME, TensorSpec, block_names, has_factor_shape, input_names
 from .digest import digest_of_bytes, digest_of_file
-from .errors import (
+from .errors.backend import EngineVersionError
+from .errors.engine import (
     EngineStaleError,
-    EngineVersionError,
     ManifestInvalidError,
     ManifestMissingError,
     PlanDigestError,

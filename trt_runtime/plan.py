@@ -11,7 +11,7 @@ from typing import Any
 from .backend import Backend, load_backend, network_flags
 from .build_log import LAYERS_HEADER, activation_bytes, layers_from_log, lint_build
 from .digest import digest_of_bytes
-from .errors import PlanBuildError
+from .errors.build import PlanBuildError
 from .store import write_atomic
 
 SETTINGS_VERSION = 1

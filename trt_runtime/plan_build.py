@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .backend import Backend
 from .digest import digest_of_fields, digest_of_file, digest_of_ranges
-from .errors import EngineMismatchError, ManifestInvalidError
+from .errors.engine import EngineMismatchError, ManifestInvalidError
 from .manifest import (
     EngineManifest,
     PlanEntry,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .errors import ExecutionError, PlanValidityError
+from .errors.run import ExecutionError, PlanValidityError
 from .manifest import PlanEntry
 
 TRT_DTYPES = {"bf16": "BF16", "fp16": "HALF", "fp32": "FLOAT"}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .adapters import FactorStore, factor_inputs
-from .errors import EngineNotLoadedError
+from .errors.run import EngineNotLoadedError
 from .reference_graph import reference_model
 from .selection import Selection
 from .signature import BlockSignature, read_block_folder

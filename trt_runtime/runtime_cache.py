@@ -11,7 +11,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from .digest import digest_of_bytes
-from .errors import StorageError
+from .errors.storage import StorageError
 from .store import write_atomic
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,8 @@ import torch
 
 from .contract import OUTPUTS
 from .digest import digest_of_fields
-from .errors import SelfTestError, StorageError
+from .errors.run import SelfTestError
+from .errors.storage import StorageError
 from .manifest import EngineManifest, PlanEntry
 from .reference import session_from_onnx
 from .self_test_record import RECORD, REPORT, passed_tests

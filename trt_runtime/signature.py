@@ -21,7 +21,7 @@ from .contract import (
     is_axis,
     is_plain,
 )
-from .errors import BlockContractError, BlocksMissingError, BlocksMixedError
+from .errors.blocks import BlockContractError, BlocksMissingError, BlocksMixedError
 from .external_data import ByteRange, weight_ranges
 
 if TYPE_CHECKING:

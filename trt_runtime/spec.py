@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from .errors import BuildSpecError, ShapeProfileError
+from .errors import BUILD_NODE
+from .errors.build import BuildSpecError
+from .errors.run import ShapeProfileError
 
 BACKENDS = ("tensorrt_rtx", "tensorrt")
 
@@ -47,14 +49,15 @@ class TokenRange:
     optimum: int
     maximum: int
     widget: str
-    """The widget of the build node, without "min" or "max", that widens this range."""
+    """The widget of the build node that raises the maximum."""
 
     def __post_init__(self) -> None:
         """Reject an empty or unordered range."""
         if not 1 <= self.minimum <= self.optimum <= self.maximum:
             raise BuildSpecError(
-                f"{self.label} tokens need 1 <= min <= opt <= max, got "
-                f"{self.minimum}, {self.optimum}, {self.maximum}. Correct the profile."
+                f"{self.minimum}, {self.optimum}, {self.maximum} do not limit {self.label} tokens",
+                "it takes 1 <= min <= opt <= max",
+                f"Enter another '{self.widget}' in {BUILD_NODE}.",
             )
 
     def check(self, tokens: int) -> None:
@@ -84,7 +87,11 @@ class ShapeProfile:
     def __post_init__(self) -> None:
         """Reject ranges that no shape fits."""
         if self.max_batch < 1:
-            raise BuildSpecError(f"max_batch is {self.max_batch}; it must be at least 1.")
+            raise BuildSpecError(
+                f"The largest batch is {self.max_batch}",
+                "it must be at least 1",
+                f"Enter another 'max batch' in {BUILD_NODE}.",
+            )
         for axis in ("N", "T"):
             self.range(axis)
 
@@ -93,11 +100,11 @@ class ShapeProfile:
         img = (self.min_img_tokens, self.opt_img_tokens, self.max_img_tokens)
         txt = (self.min_txt_tokens, self.opt_txt_tokens, self.max_txt_tokens)
         if axis == "N":
-            return TokenRange("image", *img, widget="megapixels")
+            return TokenRange("image", *img, widget="max megapixels")
         if axis == "T":
-            return TokenRange("text", *txt, widget="text tokens")
+            return TokenRange("text", *txt, widget="max text tokens")
         low, middle, high = (i + t for i, t in zip(img, txt, strict=True))
-        return TokenRange("image and text", low, middle, high, "megapixels")
+        return TokenRange("image and text", low, middle, high, "max megapixels")
 
     def bounds(self, axis: str) -> tuple[int, int, int]:
         """Return (min, opt, max) of a dynamic axis for an optimization profile.
@@ -125,15 +132,18 @@ class BuildSpec:
         """Reject unknown backends and targets; order the targets."""
         if self.backend not in BACKENDS:
             raise BuildSpecError(
-                f"Backend '{self.backend}' cannot build plans; choose one of {', '.join(BACKENDS)}."
+                f"Backend '{self.backend}' cannot build plans",
+                f"{' and '.join(BACKENDS)} can",
+                f"Choose another 'target' in {BUILD_NODE}.",
             )
         targets = tuple(sorted(set(self.targets), key=lambda sm: (len(sm), sm)))
         known = RTX_TARGETS if self.backend == "tensorrt_rtx" else None
         bad = [t for t in targets if not (t in known if known else re.fullmatch(r"sm\d{2,3}", t))]
         if bad or not targets:
             raise BuildSpecError(
-                f"Target '{bad[0] if bad else ''}' is unknown to {self.backend}; "
-                f"choose from {', '.join(known or FP4_TARGETS)}."
+                f"Target '{bad[0] if bad else ''}' is unknown to {self.backend}",
+                f"it knows {', '.join(known or FP4_TARGETS)}",
+                f"Choose another 'target' in {BUILD_NODE}.",
             )
         object.__setattr__(self, "targets", targets)
 

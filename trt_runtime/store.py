@@ -14,7 +14,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .errors import DiskFullError, EngineBusyError, FileWriteError
+from .errors.storage import DiskFullError, EngineBusyError, FileWriteError
 
 logger = logging.getLogger(__name__)
 

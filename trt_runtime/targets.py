@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from .errors import BuildSpecError
+from .errors import BUILD_NODE
+from .errors.build import BuildSpecError
 from .spec import BuildSpec, ShapeProfile
 
 TARGETS = {
@@ -43,7 +44,11 @@ def build_spec(
         BuildSpecError: The target is none of ``TARGETS``, or no picture or text fits the limits.
     """
     if target not in TARGETS:
-        raise BuildSpecError(f"Target '{target}' is unknown; choose from {', '.join(TARGETS)}.")
+        raise BuildSpecError(
+            f"Target '{target}' is unknown",
+            f"there are {', '.join(TARGETS)}",
+            f"Choose another 'target' in {BUILD_NODE}.",
+        )
     _, backend, targets = TARGETS[target]
     profile = ShapeProfile(
         max_batch=max_batch,

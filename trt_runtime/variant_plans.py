@@ -16,7 +16,9 @@ from pathlib import Path
 
 from .backend import load_backend
 from .contract import variant_name
-from .errors import BlocksMissingError, EngineStaleError, EngineVersionError
+from .errors.backend import EngineVersionError
+from .errors.blocks import BlocksMissingError
+from .errors.engine import EngineStaleError
 from .manifest import (
     BAKED,
     VARIANTS,

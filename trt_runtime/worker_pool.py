@@ -7,7 +7,7 @@ import queue
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from .errors import WorkerDiedError
+from .errors.build import WorkerDiedError
 from .plan import BuildJob, BuiltPlan
 from .worker_process import BuildWorker, Events, LostWorker, plan_from_answer
 

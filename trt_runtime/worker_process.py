@@ -16,8 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from . import errors
-from .errors import OUT_OF_MEMORY, EngineError
+from .errors import EngineError
+from .errors.backend import BackendMissingError
+from .errors.build import OUT_OF_MEMORY, EngineLintError, PlanBuildError
+from .errors.storage import DiskFullError, FileWriteError
 from .liveness import Liveness
 from .plan import BuildJob, BuiltPlan
 from .resources import GIB
@@ -28,6 +30,18 @@ KILL_SECONDS = 10.0
 LOG_TAIL_LINES = 8
 LOG_TAIL_BYTES = 4096
 WORKER_SCRIPT = Path(__file__).with_name("worker.py")
+
+WORKER_ERRORS: dict[str, type[EngineError]] = {
+    kind.__name__: kind
+    for kind in (
+        BackendMissingError,
+        DiskFullError,
+        EngineLintError,
+        FileWriteError,
+        PlanBuildError,
+    )
+}
+"""What `plan.PlanFactory` raises; it comes from the worker as a name and the error's fields."""
 
 Events = queue.SimpleQueue[tuple["BuildWorker", "dict[str, Any] | None"]]
 
@@ -192,5 +206,4 @@ def plan_from_answer(answer: dict[str, Any]) -> BuiltPlan:
     kind, arguments = answer["error"], answer["arguments"]
     if "path" in arguments:
         arguments["path"] = Path(arguments["path"])
-    error: type[EngineError] = getattr(errors, kind)
-    raise error(**arguments)
+    raise WORKER_ERRORS[kind](**arguments)

@@ -15,7 +15,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-from ..errors import OnnxExportMissingError
+from ..errors.export import OnnxExportMissingError
 from ..progress import Progress
 from ..quantized_checkpoint import QuantizedCheckpoint
 from ..whole_files import only_writer, whole_file

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from ..errors import TransformerExportError
+from ..errors.export import TransformerExportError
 from ..flux.config import FluxConfig
 from ..flux.layers import TIMESTEP_FACTOR, timestep_frequencies
 from ..progress import Progress

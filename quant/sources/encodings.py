@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import DamagedCheckpointError
+from ..errors.sources import DamagedCheckpointError
 from ..native_nvfp4 import NativeNVFP4Weight, from_native
 from ..nvfp4 import NVFP4Weight
 from .files import TensorReader

@@ -16,7 +16,7 @@ from blake3 import blake3
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import DamagedCheckpointError
+from ..errors.sources import DamagedCheckpointError
 from ..safetensors_header import StoredTensor, read_header
 from .foreign import refuse_other_formats
 from .shard_index import INDEX_SUFFIX, read_index

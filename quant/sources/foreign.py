@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..errors import DamagedCheckpointError, UnknownCheckpointError
+from ..errors.sources import DamagedCheckpointError, UnknownCheckpointError
 
 _HEAD_BYTES = 512
 

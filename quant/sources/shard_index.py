@@ -14,7 +14,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from ..errors import DamagedCheckpointError
+from ..errors.sources import DamagedCheckpointError
 from ..safetensors_header import parse_json_object
 
 INDEX_SUFFIX = ".safetensors.index.json"

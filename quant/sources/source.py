@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import DamagedCheckpointError, UnknownCheckpointError
+from ..errors.sources import DamagedCheckpointError, UnknownCheckpointError
 from ..flux.config import FluxConfig, config_from_shapes
 from ..flux.model import tensor_shapes
 from ..nvfp4 import NVFP4Weight

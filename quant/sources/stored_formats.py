@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 
 from safetensors import SafetensorError
 
-from ..errors import DamagedCheckpointError, UnknownCheckpointError, UnsupportedWeightError
+from ..errors.sources import DamagedCheckpointError, UnknownCheckpointError, UnsupportedWeightError
 from ..native_nvfp4 import native_shapes
 from ..nvfp4 import NVFP4_BLOCK
 from ..safetensors_header import StoredTensor, parse_json_object

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import onnx
 import pytest
-from flux_fp4.trt_runtime.errors import BlockContractError
+from flux_fp4.trt_runtime.errors.blocks import BlockContractError
 from flux_fp4.trt_runtime.reference import ReferenceExecutor
 from flux_fp4.trt_runtime.signature import read_signature
 from onnx import TensorProto, helper

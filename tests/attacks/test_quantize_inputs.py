@@ -7,14 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from blake3 import blake3
-from flux_fp4.quant.errors import (
-    CalibrationError,
-    DamagedCheckpointError,
-    FolderNotWritableError,
-    NotFiniteError,
-    QuantError,
-    UnknownCheckpointError,
-)
+from flux_fp4.quant.errors import QuantError
+from flux_fp4.quant.errors.calibration import CalibrationError, NotFiniteError
+from flux_fp4.quant.errors.files import FolderNotWritableError
+from flux_fp4.quant.errors.sources import DamagedCheckpointError, UnknownCheckpointError
 from quantize_tiny import quantize, with_recipe
 from safetensors.torch import load_file, save_file
 from tiny_flux import random_flux, random_samples, save_flux

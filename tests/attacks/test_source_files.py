@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_layouts import diffusers_state, save_sharded
-from flux_fp4.quant.errors import DamagedCheckpointError, QuantError, UnknownCheckpointError
+from flux_fp4.quant.errors import QuantError
+from flux_fp4.quant.errors.sources import DamagedCheckpointError, UnknownCheckpointError
 from flux_fp4.quant.safetensors_header import MAX_HEADER_BYTES
 from flux_fp4.quant.sources.source import open_source
 from safetensors.torch import save

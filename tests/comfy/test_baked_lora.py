@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from comfy_in_process import import_comfyui
-from flux_fp4.quant.errors import StatisticsMissingError
+from flux_fp4.quant.errors.calibration import StatisticsMissingError
 from flux_fp4.quant.onnx_export import export_blocks
 from flux_fp4.quant.quantized_checkpoint import QuantizedCheckpoint
 from flux_fp4.quant.sources.source import open_source

@@ -27,7 +27,7 @@ from flux_fp4.nodes.errors import ArtifactNameError  # noqa: E402
 from flux_fp4.nodes.native import SaveNative  # noqa: E402
 from flux_fp4.quant.calibration import SampleState  # noqa: E402
 from flux_fp4.quant.emulation import emulated_block  # noqa: E402
-from flux_fp4.quant.errors import NativeTargetError  # noqa: E402
+from flux_fp4.quant.errors.export import NativeTargetError  # noqa: E402
 from flux_fp4.quant.flux.config import FluxConfig  # noqa: E402
 from flux_fp4.quant.native_checkpoint import save_native_checkpoint  # noqa: E402
 from flux_fp4.quant.nvfp4 import NVFP4Weight  # noqa: E402

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from comfy_in_process import import_comfyui
 from comfy_server import ComfyClient
+from error_examples import CORE_NODES
 from pack_import import ROOT
 
 import_comfyui()
@@ -33,7 +34,7 @@ from flux_fp4.nodes.recipe_inputs import (  # noqa: E402
     recipe_input,
     recipe_state,
 )
-from flux_fp4.quant.errors import RecipeError  # noqa: E402
+from flux_fp4.quant.errors.recipes import RecipeError  # noqa: E402
 from flux_fp4.quant.recipe import QuantizeOptions  # noqa: E402
 from flux_fp4.trt_runtime import backend  # noqa: E402
 
@@ -275,6 +276,17 @@ def test_locale_repeats_the_schema(client: ComfyClient, object_info: dict[str, A
         assert texts[node_id]["inputs"] == expected
         tooltips = [entry["tooltip"] for entry in texts[node_id]["outputs"].values()]
         assert tooltips == info["output_tooltips"]
+
+
+def test_texts_name_only_nodes_of_comfyui_that_exist(object_info: dict[str, Any]) -> None:
+    core = {info["display_name"] or name for name, info in object_info.items()}
+    assert core >= CORE_NODES
+    sources = [
+        p for folder in ("nodes", "quant", "trt_runtime") for p in (ROOT / folder).rglob("*.py")
+    ]
+    text = "\n".join(re.sub(r'"\s*\n\s*f?"', "", path.read_text()) for path in sources)
+    quoted = set(re.findall(r"'((?:CLIP|Edit|Load|VAE) [A-Z][\w ()]+)'", text))
+    assert quoted - {"Load FLUX FP4 Engine"} <= CORE_NODES
 
 
 def test_texts_name_only_nodes_that_exist(object_info: dict[str, Any]) -> None:

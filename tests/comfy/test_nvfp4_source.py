@@ -20,7 +20,7 @@ from flux_fp4.quant.calibration import (  # noqa: E402
     Conditioning,
     rectified_flow_samples,
 )
-from flux_fp4.quant.errors import NoiseCheckpointError, UnsupportedWeightError  # noqa: E402
+from flux_fp4.quant.errors.sources import NoiseCheckpointError, UnsupportedWeightError  # noqa: E402
 from flux_fp4.quant.sources.source import open_source  # noqa: E402
 from small_model.autoencoder import latents_of  # noqa: E402
 from small_model.digits import load_ink  # noqa: E402

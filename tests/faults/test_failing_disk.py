@@ -22,8 +22,8 @@ from flux_fp4.tests.faults.conftest import results, temporaries
 from flux_fp4.tests.faults.failing_disk import FailingDisk
 from flux_fp4.tests.unit.trt_runtime.small_spec import SMALL_SPEC, silent
 from flux_fp4.trt_runtime import builder
-from flux_fp4.trt_runtime import errors as runtime_errors
 from flux_fp4.trt_runtime.builder import build_engine
+from flux_fp4.trt_runtime.errors.storage import StorageError
 from flux_fp4.trt_runtime.manifest import EngineManifest, load_manifest, read_manifest_file
 from flux_fp4.trt_runtime.plan import BuildJob, BuiltPlan
 from flux_fp4.trt_runtime.store import write_atomic
@@ -65,7 +65,7 @@ def told(run: Callable[[], object], folder: Path, index: int, code: int) -> bool
         disk.fail(index, code)
         try:
             run()
-        except (QuantError, runtime_errors.StorageError) as error:
+        except (QuantError, StorageError) as error:
             assert_told(error, code)
             return True
         assert len(disk.calls) > index

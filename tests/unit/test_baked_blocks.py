@@ -19,12 +19,10 @@ from flux_fp4.quant.sqnr import sqnr_db
 from flux_fp4.tests.unit.trt_runtime.small_spec import SMALL_PROFILE, SMALL_SPEC
 from flux_fp4.trt_runtime.builder import build_engine
 from flux_fp4.trt_runtime.engine import Engine
-from flux_fp4.trt_runtime.errors import (
-    BlockInputError,
-    BlocksMissingError,
-    EngineStaleError,
-    EngineVersionError,
-)
+from flux_fp4.trt_runtime.errors.backend import EngineVersionError
+from flux_fp4.trt_runtime.errors.blocks import BlocksMissingError
+from flux_fp4.trt_runtime.errors.engine import EngineStaleError
+from flux_fp4.trt_runtime.errors.run import BlockInputError
 from flux_fp4.trt_runtime.manifest import PlanEntry, load_manifest, verify_engine
 from flux_fp4.trt_runtime.progress import Progress
 from flux_fp4.trt_runtime.reference import ReferenceExecutor

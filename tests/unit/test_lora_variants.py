@@ -22,13 +22,9 @@ from flux_fp4.trt_runtime.adapters import LowRank, factor_shapes
 from flux_fp4.trt_runtime.builder import build_engine
 from flux_fp4.trt_runtime.contract import variant_name
 from flux_fp4.trt_runtime.engine import Engine
-from flux_fp4.trt_runtime.errors import (
-    BlockContractError,
-    BlocksMissingError,
-    EngineStaleError,
-    EngineVersionError,
-    ManifestInvalidError,
-)
+from flux_fp4.trt_runtime.errors.backend import EngineVersionError
+from flux_fp4.trt_runtime.errors.blocks import BlockContractError, BlocksMissingError
+from flux_fp4.trt_runtime.errors.engine import EngineStaleError, ManifestInvalidError
 from flux_fp4.trt_runtime.manifest import (
     EngineManifest,
     PlanEntry,

@@ -14,7 +14,7 @@ from flux_fp4.tests.unit.trt_runtime.block_inputs import block_inputs as inputs_
 from flux_fp4.tests.unit.trt_runtime.small_spec import SMALL_SPEC
 from flux_fp4.trt_runtime.builder import build_engine
 from flux_fp4.trt_runtime.engine import Engine
-from flux_fp4.trt_runtime.errors import BlockInputError
+from flux_fp4.trt_runtime.errors.run import BlockInputError
 from flux_fp4.trt_runtime.manifest import load_manifest
 from flux_fp4.trt_runtime.reference import ReferenceExecutor
 from flux_fp4.trt_runtime.selection import Selection

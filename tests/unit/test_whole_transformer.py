@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from flux_fp4.quant.errors import TransformerExportError
+from flux_fp4.quant.errors.export import TransformerExportError
 from flux_fp4.quant.flux.blocks import block_modulation
 from flux_fp4.quant.flux.config import FluxConfig
 from flux_fp4.quant.flux.layers import rope_cos_sin

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from flux_fp4.quant.auto_formats import BITS, Sensitivity, formats_within
-from flux_fp4.quant.errors import FormatBudgetError
+from flux_fp4.quant.errors.recipes import FormatBudgetError
 from flux_fp4.quant.flux.config import block_linears
 from flux_fp4.quant.quantized_checkpoint import QuantizedCheckpoint
 from flux_fp4.quant.recipe import Format, FormatBudget, QuantizeOptions, named_recipe

@@ -10,7 +10,7 @@ from flux_fp4.quant.calibration import (
     embedded_samples,
     rectified_flow_samples,
 )
-from flux_fp4.quant.errors import CalibrationError, NotFiniteError
+from flux_fp4.quant.errors.calibration import CalibrationError, NotFiniteError
 from flux_fp4.quant.flux.model import patchify, unpatchify
 from tiny_flux import TINY, TINY_FLUX2, TINY_VARIANTS, random_flux, random_samples
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from flux_fp4.quant.calibration import CalibrationSet
 from flux_fp4.quant.calibration_files import load_samples, save_samples
-from flux_fp4.quant.errors import CalibrationFileError
+from flux_fp4.quant.errors.calibration import CalibrationFileError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_flux import TINY_VARIANTS, random_samples

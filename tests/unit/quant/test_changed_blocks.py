@@ -9,7 +9,8 @@ import onnx
 import pytest
 import torch
 from flux_fp4.quant.changed_blocks import quantize_changed_blocks
-from flux_fp4.quant.errors import OnnxExportMissingError, StatisticsMissingError
+from flux_fp4.quant.errors.calibration import StatisticsMissingError
+from flux_fp4.quant.errors.export import OnnxExportMissingError
 from flux_fp4.quant.flux.config import FluxConfig, block_linears
 from flux_fp4.quant.native_checkpoint import save_native_checkpoint
 from flux_fp4.quant.onnx_export import export_blocks, exported_blocks

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from flux_fp4.quant.errors import NotFiniteError, UnsupportedWeightError
+from flux_fp4.quant.errors.calibration import NotFiniteError
+from flux_fp4.quant.errors.sources import UnsupportedWeightError
 from flux_fp4.quant.fp8 import quantize_weight_fp8
 from flux_fp4.quant.sqnr import sqnr_db
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from flux_fp4.quant.errors import CalibrationError, NotFiniteError
+from flux_fp4.quant.errors.calibration import CalibrationError, NotFiniteError
 from flux_fp4.quant.modelopt_calibration import awq_pre_quant_scale
 from flux_fp4.quant.nvfp4 import fake_quantize_activation, fake_quantize_weight, quantize_weight
 from flux_fp4.quant.sqnr import sqnr_db

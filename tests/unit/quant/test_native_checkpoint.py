@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from flux_fp4.quant.errors import DiskFullError, NativeCheckpointError, NativeTargetError
+from flux_fp4.quant.errors.export import NativeCheckpointError, NativeTargetError
+from flux_fp4.quant.errors.files import DiskFullError
 from flux_fp4.quant.native_checkpoint import save_native_checkpoint
 from flux_fp4.quant.quantized_checkpoint import QuantizedCheckpoint
 from flux_fp4.quant.safetensors_header import read_header

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 from flux_fp4.quant.e2m1 import E2M1_VALUES
-from flux_fp4.quant.errors import NotFiniteError, UnsupportedWeightError
+from flux_fp4.quant.errors.calibration import NotFiniteError
+from flux_fp4.quant.errors.sources import UnsupportedWeightError
 from flux_fp4.quant.nvfp4 import NVFP4Weight, fake_quantize_activation, quantize_weight
 from flux_fp4.quant.sqnr import sqnr_db
 from flux_fp4.tests.unit.quant.sample_weights import heavy_tails, normal, with_zero_blocks

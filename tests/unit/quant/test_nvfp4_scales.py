@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from flux_fp4.quant.errors import NotFiniteError
+from flux_fp4.quant.errors.calibration import NotFiniteError
 from flux_fp4.quant.nvfp4 import NVFP4Weight, Search, quantize_weight
 from flux_fp4.quant.sqnr import sqnr_db
 from flux_fp4.tests.unit.quant.sample_weights import heavy_tails, normal, with_zero_blocks

@@ -13,7 +13,7 @@ import torch
 from block_inputs import block_inputs, embedded_sample
 from flux_fp4.quant.block_quantizer import run_block
 from flux_fp4.quant.emulation import emulated_block, emulated_linear
-from flux_fp4.quant.errors import OnnxExportMissingError
+from flux_fp4.quant.errors.export import OnnxExportMissingError
 from flux_fp4.quant.flux.config import block_linears
 from flux_fp4.quant.onnx_export import export_blocks, exported_blocks, onnx_path
 from flux_fp4.quant.onnx_export.blocks import block_model

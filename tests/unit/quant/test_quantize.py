@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from flux_fp4.quant.errors import CheckpointBusyError, DiskFullError, QuantizedCheckpointError
+from flux_fp4.quant.errors.files import CheckpointBusyError, DiskFullError, QuantizedCheckpointError
 from flux_fp4.quant.nvfp4 import quantize_weight
 from flux_fp4.quant.quantized_checkpoint import QuantizedCheckpoint, is_in_plan
 from flux_fp4.quant.recipe import QuantizeOptions

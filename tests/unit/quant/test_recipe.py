@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from flux_fp4.quant import recipe as recipe_module
-from flux_fp4.quant.errors import RecipeError
+from flux_fp4.quant.errors.recipes import RecipeError
 from flux_fp4.quant.recipe import RECIPES, QuantizeOptions, Recipe, named_recipe, read_recipe
 from pydantic import ValidationError
 

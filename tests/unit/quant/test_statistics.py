@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from flux_fp4.quant.calibration import SampleState, embedded_samples
-from flux_fp4.quant.errors import NotFiniteError
+from flux_fp4.quant.errors.calibration import NotFiniteError
 from flux_fp4.quant.flux.config import block_linears
 from flux_fp4.quant.flux.layers import JointAttention
 from flux_fp4.quant.nvfp4 import fake_quantize_activation, quantize_weight

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from flux_fp4.quant.checkpoint_writer import CheckpointWriter, remove_leftovers
-from flux_fp4.quant.errors import CheckpointBusyError, DiskFullError, FileWriteError
+from flux_fp4.quant.errors.files import CheckpointBusyError, DiskFullError, FileWriteError
 from flux_fp4.quant.journal import Journal
 from flux_fp4.quant.whole_files import only_writer, whole_file
 

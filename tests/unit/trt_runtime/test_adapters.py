@@ -4,7 +4,7 @@ import pytest
 import torch
 from flux_fp4.trt_runtime.adapters import FactorStore, LowRank, factor_inputs, factor_shapes
 from flux_fp4.trt_runtime.contract import TensorSpec
-from flux_fp4.trt_runtime.errors import AdapterError
+from flux_fp4.trt_runtime.errors.run import AdapterError
 
 SPECS = (
     TensorSpec("x", "bf16", ("B", "S", 24)),

@@ -17,7 +17,7 @@ from flux_fp4.trt_runtime.backend import (
     runtime_log,
 )
 from flux_fp4.trt_runtime.engine import Engine
-from flux_fp4.trt_runtime.errors import (
+from flux_fp4.trt_runtime.errors.backend import (
     BackendMissingError,
     BackendUnusableError,
     EngineTargetError,

@@ -9,7 +9,7 @@ from flux_fp4.trt_runtime.build_log import (
     layers_from_log,
     lint_build,
 )
-from flux_fp4.trt_runtime.errors import EngineLintError
+from flux_fp4.trt_runtime.errors.build import EngineLintError
 
 
 def operand(datatype: str) -> str:

@@ -16,7 +16,7 @@ from flux_fp4.trt_runtime import plan_build
 from flux_fp4.trt_runtime.backend import Backend, load_backend
 from flux_fp4.trt_runtime.builder import BlockFormats, build_engine, check_formats
 from flux_fp4.trt_runtime.digest import digest_of_file
-from flux_fp4.trt_runtime.errors import (
+from flux_fp4.trt_runtime.errors.build import (
     BuildSpecError,
     EngineLintError,
     FormatTargetError,

@@ -11,7 +11,7 @@ import pytest
 from filelock import FileLock
 from flux_fp4.trt_runtime import cleanup
 from flux_fp4.trt_runtime.cleanup import Finding, engine_folders, evict, find_unneeded
-from flux_fp4.trt_runtime.errors import EngineBusyError
+from flux_fp4.trt_runtime.errors.storage import EngineBusyError
 from flux_fp4.trt_runtime.manifest import BAKED, load_manifest, plan_files
 from flux_fp4.trt_runtime.runtime_cache import MAGIC, cache_owner
 

@@ -10,7 +10,7 @@ import torch
 from flux_fp4.trt_runtime import cuda_access
 from flux_fp4.trt_runtime.backend import Gpu
 from flux_fp4.trt_runtime.cuda_access import CudaAccess
-from flux_fp4.trt_runtime.errors import BackendUnusableError, EngineTargetError
+from flux_fp4.trt_runtime.errors.backend import BackendUnusableError, EngineTargetError
 
 DEVICE = torch.device("cuda", 0)
 Calls = list[tuple[str, ...]]

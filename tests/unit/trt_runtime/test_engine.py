@@ -8,7 +8,7 @@ import torch
 from flux_fp4.tests.unit.trt_runtime.block_inputs import block_inputs
 from flux_fp4.trt_runtime.adapters import LowRank
 from flux_fp4.trt_runtime.engine import Engine
-from flux_fp4.trt_runtime.errors import BlockInputError, ShapeProfileError
+from flux_fp4.trt_runtime.errors.run import BlockInputError, ShapeProfileError
 from flux_fp4.trt_runtime.manifest import EngineManifest, load_manifest
 from flux_fp4.trt_runtime.selection import Selection
 

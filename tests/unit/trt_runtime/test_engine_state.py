@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from flux_fp4.trt_runtime import engine_state as module
 from flux_fp4.trt_runtime.engine_state import engine_state
-from flux_fp4.trt_runtime.errors import BackendMissingError
+from flux_fp4.trt_runtime.errors.backend import BackendMissingError
 from flux_fp4.trt_runtime.manifest import load_manifest
 
 

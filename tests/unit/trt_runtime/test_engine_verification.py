@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from flux_fp4.tests.unit.trt_runtime.small_spec import silent
 from flux_fp4.trt_runtime.engine_verification import verify_everything
-from flux_fp4.trt_runtime.errors import ManifestInvalidError, ManifestMissingError
+from flux_fp4.trt_runtime.errors.engine import ManifestInvalidError, ManifestMissingError
 from flux_fp4.trt_runtime.manifest import (
     BAKED,
     VARIANTS,

@@ -14,12 +14,8 @@ from flux_fp4.tests.unit.trt_runtime.fake_tensorrt import FakeCuda, FakeLibrary
 from flux_fp4.trt_runtime.backend import load_backend
 from flux_fp4.trt_runtime.cuda_access import CudaAccess
 from flux_fp4.trt_runtime.engine import Engine
-from flux_fp4.trt_runtime.errors import (
-    EngineNotLoadedError,
-    ExecutionError,
-    PlanDigestError,
-    PlanValidityError,
-)
+from flux_fp4.trt_runtime.errors.engine import PlanDigestError
+from flux_fp4.trt_runtime.errors.run import EngineNotLoadedError, ExecutionError, PlanValidityError
 from flux_fp4.trt_runtime.executor import TensorRTExecutor
 from flux_fp4.trt_runtime.manifest import EngineManifest
 

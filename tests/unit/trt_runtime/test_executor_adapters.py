@@ -18,13 +18,8 @@ from flux_fp4.trt_runtime.contract import (
     TensorSpec,
     variant_name,
 )
-from flux_fp4.trt_runtime.errors import (
-    AdapterError,
-    EngineNotLoadedError,
-    ExecutionError,
-    PlanDigestError,
-    VariantPlanMissingError,
-)
+from flux_fp4.trt_runtime.errors.engine import PlanDigestError, VariantPlanMissingError
+from flux_fp4.trt_runtime.errors.run import AdapterError, EngineNotLoadedError, ExecutionError
 from flux_fp4.trt_runtime.executor import TensorRTExecutor
 from flux_fp4.trt_runtime.manifest import (
     EngineManifest,

@@ -12,7 +12,7 @@ from flux_fp4.tests.unit.trt_runtime.block_inputs import block_inputs
 from flux_fp4.tests.unit.trt_runtime.fake_tensorrt import FakeLibrary, with_fake_plan
 from flux_fp4.trt_runtime.digest import digest_of_bytes
 from flux_fp4.trt_runtime.engine import Engine
-from flux_fp4.trt_runtime.errors import PlanDigestError, VariantPlanMissingError
+from flux_fp4.trt_runtime.errors.engine import PlanDigestError, VariantPlanMissingError
 from flux_fp4.trt_runtime.executor import TensorRTExecutor
 from flux_fp4.trt_runtime.manifest import (
     EngineManifest,

@@ -9,7 +9,8 @@ import pytest
 import torch
 from flux_fp4.tests.unit.trt_runtime.block_inputs import block_inputs
 from flux_fp4.tests.unit.trt_runtime.fake_tensorrt import FakeLibrary
-from flux_fp4.trt_runtime.errors import ExecutionError, PlanDigestError
+from flux_fp4.trt_runtime.errors.engine import PlanDigestError
+from flux_fp4.trt_runtime.errors.run import ExecutionError
 from flux_fp4.trt_runtime.executor import TensorRTExecutor
 from flux_fp4.trt_runtime.manifest import EngineManifest
 from flux_fp4.trt_runtime.plan_pool import bytes_within, staying_blocks

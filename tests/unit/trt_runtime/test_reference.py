@@ -18,7 +18,8 @@ from flux_fp4.tests.unit.trt_runtime.block_graph import (
     write_blocks,
 )
 from flux_fp4.tests.unit.trt_runtime.block_inputs import block_inputs
-from flux_fp4.trt_runtime.errors import BlocksMissingError, EngineNotLoadedError
+from flux_fp4.trt_runtime.errors.blocks import BlocksMissingError
+from flux_fp4.trt_runtime.errors.run import EngineNotLoadedError
 from flux_fp4.trt_runtime.manifest import load_manifest
 from flux_fp4.trt_runtime.reference import ReferenceExecutor, session_from_onnx
 from flux_fp4.trt_runtime.reference_graph import (

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 import pytest
-from flux_fp4.trt_runtime.errors import DiskFullError
+from flux_fp4.trt_runtime.errors.storage import DiskFullError
 from flux_fp4.trt_runtime.runtime_cache import RuntimeCache
 
 

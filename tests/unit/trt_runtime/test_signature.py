@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from flux_fp4.tests.unit.trt_runtime.block_graph import DOUBLE_LINEARS, byte_ranges, write_blocks
-from flux_fp4.trt_runtime.errors import BlocksMissingError, BlocksMixedError
+from flux_fp4.trt_runtime.errors.blocks import BlocksMissingError, BlocksMixedError
 from flux_fp4.trt_runtime.signature import read_block_folder, read_signature
 
 

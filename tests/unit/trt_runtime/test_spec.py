@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import pytest
-from flux_fp4.trt_runtime.errors import BuildSpecError, ShapeProfileError
+from flux_fp4.trt_runtime.errors.build import BuildSpecError
+from flux_fp4.trt_runtime.errors.run import ShapeProfileError
 from flux_fp4.trt_runtime.spec import BuildSpec, ShapeProfile
 
 PROFILE = ShapeProfile(

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from flux_fp4.trt_runtime.errors import DiskFullError, FileWriteError
+from flux_fp4.trt_runtime.errors.storage import DiskFullError, FileWriteError
 from flux_fp4.trt_runtime.store import locked, remove, remove_temporaries, write_atomic
 
 TOOLS = Path(__file__).parents[2] / "tools"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from flux_fp4.trt_runtime.errors import BuildSpecError
+from flux_fp4.trt_runtime.errors.build import BuildSpecError
 from flux_fp4.trt_runtime.targets import TARGETS, build_spec
 
 

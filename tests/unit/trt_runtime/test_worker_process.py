@@ -19,13 +19,9 @@ from flux_fp4.tests.unit.trt_runtime.test_builder import Recorder, plan_times
 from flux_fp4.trt_runtime import liveness, worker_process
 from flux_fp4.trt_runtime.builder import build_engine
 from flux_fp4.trt_runtime.digest import digest_of_file
-from flux_fp4.trt_runtime.errors import (
-    DiskFullError,
-    FileWriteError,
-    ManifestMissingError,
-    PlanBuildError,
-    WorkerDiedError,
-)
+from flux_fp4.trt_runtime.errors.build import PlanBuildError, WorkerDiedError
+from flux_fp4.trt_runtime.errors.engine import ManifestMissingError
+from flux_fp4.trt_runtime.errors.storage import DiskFullError, FileWriteError
 from flux_fp4.trt_runtime.manifest import load_manifest, read_manifest_file
 from flux_fp4.trt_runtime.plan import BuildJob
 from flux_fp4.trt_runtime.plan_build import profile_shapes

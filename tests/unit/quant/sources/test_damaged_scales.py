@@ -14,7 +14,7 @@ from checkpoint_layouts import (
     save_state,
     scaled_fp8_state,
 )
-from flux_fp4.quant.errors import DamagedCheckpointError
+from flux_fp4.quant.errors.sources import DamagedCheckpointError
 from flux_fp4.quant.sources.source import open_source
 
 State = dict[str, torch.Tensor]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_layouts import all_in_one_state, diffusers_state, save_sharded, with_prefix
-from flux_fp4.quant.errors import DamagedCheckpointError
+from flux_fp4.quant.errors.sources import DamagedCheckpointError
 from flux_fp4.quant.sources.source import FluxSource, open_source
 from safetensors.torch import save_file
 from tiny_flux import TINY_VARIANTS, random_flux

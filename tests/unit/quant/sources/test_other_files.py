@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_layouts import diffusers_state, save_sharded, save_state, with_prefix
-from flux_fp4.quant.errors import DamagedCheckpointError, UnknownCheckpointError
+from flux_fp4.quant.errors.sources import DamagedCheckpointError, UnknownCheckpointError
 from flux_fp4.quant.sources.source import open_source
 from safetensors.torch import save, save_file
 

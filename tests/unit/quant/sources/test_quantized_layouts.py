@@ -20,10 +20,7 @@ from checkpoint_layouts import (
     scaled_fp8_state,
     with_prefix,
 )
-from flux_fp4.quant.errors import (
-    UnknownCheckpointError,
-    UnsupportedWeightError,
-)
+from flux_fp4.quant.errors.sources import UnknownCheckpointError, UnsupportedWeightError
 from flux_fp4.quant.nvfp4 import NVFP4Weight
 from flux_fp4.quant.sources.source import open_source
 from safetensors.torch import save_file

@@ -1,0 +1,97 @@
+// Queue prompts that fail in the real ComfyUI frontend, and report what it shows of each error.
+// usage: node show_errors.mjs SERVER_URL SCREENSHOT_FOLDER CASES.json
+// CASES.json: name -> { prompt: API-format workflow, text: what the user has to read }.
+// Prints one JSON object: name -> { panel, dialog }, each { text, found, visible, marked }.
+import chromium from '@sparticuz/chromium'
+import fs from 'node:fs'
+import path from 'node:path'
+import { chromium as playwright } from 'playwright-core'
+
+const [url, screenshots, file] = process.argv.slice(2)
+const ERRORS_TAB = 'Comfy.RightSidePanel.ShowErrorsTab'
+
+const browser = await playwright.launch({
+  executablePath: await chromium.executablePath(),
+  args: [...chromium.args, '--no-sandbox'],
+  headless: true
+})
+const page = await browser.newPage({ viewport: { width: 1600, height: 1000 } })
+
+async function openFrontend(showsTab) {
+  await page.goto(url, { waitUntil: 'domcontentloaded' })
+  await page.waitForFunction(
+    () => window.app?.graph && 'FluxFP4LoadEngine' in (window.LiteGraph?.registered_node_types ?? {}),
+    null,
+    { timeout: 90000 }
+  )
+  // The default graph's widgets mount after their nodes; replacing them half-way is not our subject.
+  await page.waitForLoadState('networkidle')
+  await page.waitForTimeout(2000)
+  await page.evaluate(
+    ([name, value]) => app.extensionManager.setting.set(name, value),
+    [ERRORS_TAB, showsTab]
+  )
+}
+
+async function run(prompt) {
+  await page.evaluate((workflow) => app.loadApiJson(workflow, 'error'), prompt)
+  await page.waitForFunction(
+    (count) => app.graph.nodes.length === count,
+    Object.keys(prompt).length,
+    { timeout: 20000 }
+  )
+  await page.waitForTimeout(500)
+  await page.getByTestId('queue-button').click()
+}
+
+// What an element says, whether it has the text in one piece, and whether nothing hides any of it.
+async function shown(selector, text) {
+  return page.evaluate(
+    ([place, wanted]) => {
+      const element = document.querySelector(place)
+      const inSight = (box, node) => {
+        for (let around = node.parentElement; around; around = around.parentElement) {
+          if (getComputedStyle(around).overflowY === 'visible') continue
+          const view = around.getBoundingClientRect()
+          if (box.top < view.top || box.bottom > view.bottom) return false
+        }
+        return box.top >= 0 && box.bottom <= innerHeight && box.width > 0
+      }
+      const walker = document.createTreeWalker(element, NodeFilter.SHOW_TEXT)
+      let found = false
+      let visible = false
+      while (walker.nextNode() && !visible) {
+        const start = walker.currentNode.data.indexOf(wanted)
+        if (start < 0) continue
+        found = true
+        const range = document.createRange()
+        range.setStart(walker.currentNode, start)
+        range.setEnd(walker.currentNode, start + wanted.length)
+        visible = [...range.getClientRects()].every((box) => inSight(box, walker.currentNode))
+      }
+      const marked = app.graph.nodes.filter(
+        (node) => node.has_errors || node.strokeStyles?.executionError?.call(node)
+      )
+      return { text: element.innerText, found, visible, marked: marked.map((node) => node.type) }
+    },
+    [selector, text]
+  )
+}
+
+const report = {}
+for (const [name, { prompt, text }] of Object.entries(JSON.parse(fs.readFileSync(file, 'utf8')))) {
+  report[name] = {}
+  for (const kind of ['panel', 'dialog']) {
+    await openFrontend(kind === 'panel')
+    await run(prompt)
+    if (kind === 'panel') await page.getByTestId('error-overlay-see-errors').click({ timeout: 90000 })
+    const selector = kind === 'panel' ? '[data-testid=properties-panel]' : '[role=dialog]'
+    await page.waitForSelector(selector, { timeout: 90000 })
+    // the panel unfolds
+    await page.waitForTimeout(1000)
+    report[name][kind] = await shown(selector, text)
+    await page.screenshot({ path: path.join(screenshots, `error_${name}_${kind}.png`) })
+  }
+}
+await browser.close()
+console.log(JSON.stringify(report))

@@ -1,0 +1,19 @@
+"""The root of the runtime's errors: each carries its fields and builds the text the user reads."""
+
+from __future__ import annotations
+
+BUILD_NODE = "'Build TensorRT Engine'"
+EXPORT_NODE = "'Export FLUX FP4 to ONNX'"
+
+
+class EngineError(Exception):
+    """Anything that building, checking, loading or running an engine refuses."""
+
+    def __init_subclass__(cls) -> None:
+        """Shorten the class's full name, which ComfyUI shows twice above the text.
+
+        Inside ComfyUI the pack's modules are named by their path on the disk; in the errors panel,
+        38 letters wide, that would push the text out of sight.
+        """
+        super().__init_subclass__()
+        cls.__module__ = "flux_fp4"

@@ -1,0 +1,57 @@
+"""Errors about writing files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from . import EngineError
+
+
+class StorageError(EngineError):
+    """A file could not be written; nothing incomplete with its final name was left."""
+
+
+class DiskFullError(StorageError):
+    """A file did not fit.
+
+    Attributes:
+        path: The file.
+        needed_bytes: Its size; 0 where it is not known.
+        free_bytes: What the disk has left.
+    """
+
+    def __init__(self, path: Path, needed_bytes: int, free_bytes: int) -> None:
+        self.path, self.needed_bytes, self.free_bytes = path, needed_bytes, free_bytes
+        needs = f"needs {size_text(needed_bytes)}, but" if needed_bytes else "does not fit:"
+        super().__init__(
+            f"'{path.name}' {needs} the disk of '{path.parent.name}' has {size_text(free_bytes)} "
+            "left. Free some space and queue again; finished blocks are kept."
+        )
+
+
+class FileWriteError(StorageError):
+    """The system refused to write for another reason than a full disk."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        self.path, self.reason = path, reason
+        super().__init__(
+            f"'{path.name}' cannot be written into the folder '{path.parent.name}': {reason}. "
+            "Check that ComfyUI may write there and that the disk is in order, then queue again; "
+            "finished blocks are kept."
+        )
+
+
+class EngineBusyError(EngineError):
+    """Another process is building in a folder that was to be changed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        super().__init__(
+            f"'{folder.parent.name}/{folder.name}' is being built by another process. Nothing was "
+            "changed; wait until that is done and queue again."
+        )
+
+
+def size_text(size: int) -> str:
+    """Return a size in bytes as a person reads it."""
+    return f"{size / 1e9:,.1f} GB" if size >= 10**9 else f"{size / 1e6:,.1f} MB"
