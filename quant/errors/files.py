@@ -48,9 +48,10 @@ class DiskFullError(QuantError):
     def __init__(self, name: str, needed_bytes: int, free_bytes: int) -> None:
         self.name, self.needed_bytes, self.free_bytes = name, needed_bytes, free_bytes
         needs = f"needs {size_text(needed_bytes)}, but" if needed_bytes else "does not fit:"
+        # a quota or a limit of the file system refuses long before the disk is full
         super().__init__(
-            f"'{name}' {needs} its disk has {size_text(free_bytes)} left. Nothing was changed; "
-            "free some space and queue again."
+            f"'{name}' {needs} its disk takes no more ({size_text(free_bytes)} free). Nothing was "
+            "changed; free some space and queue again."
         )
 
 
@@ -90,4 +91,6 @@ class FolderNotWritableError(QuantError):
 
 def size_text(size: int) -> str:
     """Return a size in bytes as a person reads it."""
-    return f"{size / 1e9:,.1f} GB" if size >= 10**9 else f"{size / 1e6:,.1f} MB"
+    if size >= 10**9:
+        return f"{size / 1e9:,.1f} GB"
+    return f"{size / 1e6:.1f} MB" if size >= 10**6 else f"{size / 1e3:.1f} kB"

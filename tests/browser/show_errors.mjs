@@ -1,7 +1,8 @@
 // Queue prompts that fail in the real ComfyUI frontend, and report what it shows of each error.
 // usage: node show_errors.mjs SERVER_URL SCREENSHOT_FOLDER CASES.json
-// CASES.json: name -> { prompt: API-format workflow, text: what the user has to read }.
-// Prints one JSON object: name -> { panel, dialog }, each { text, found, visible, marked }.
+// CASES.json: name -> { prompt: API-format workflow, text: what the user has to read,
+// places: of "panel" and "dialog" }.
+// Prints one JSON object: name -> place -> { text, found, visible, marked }.
 import chromium from '@sparticuz/chromium'
 import fs from 'node:fs'
 import path from 'node:path'
@@ -79,9 +80,10 @@ async function shown(selector, text) {
 }
 
 const report = {}
-for (const [name, { prompt, text }] of Object.entries(JSON.parse(fs.readFileSync(file, 'utf8')))) {
+const cases = JSON.parse(fs.readFileSync(file, 'utf8'))
+for (const [name, { prompt, text, places }] of Object.entries(cases)) {
   report[name] = {}
-  for (const kind of ['panel', 'dialog']) {
+  for (const kind of places) {
     await openFrontend(kind === 'panel')
     await run(prompt)
     if (kind === 'panel') await page.getByTestId('error-overlay-see-errors').click({ timeout: 90000 })

@@ -23,9 +23,11 @@ class ShapeProfileError(EngineError):
         self.label, self.tokens, self.minimum, self.maximum = label, tokens, minimum, maximum
         self.widget = widget
         is_text = label == "text"
-        # one image token is 16 x 16 pixels; the widget counts in 1024 x 1024
-        size = "" if is_text else f" ({tokens / 4096:.2f} megapixels, reference pictures included)"
-        limit = "" if is_text else f" ({maximum / 4096:.2f} megapixels)"
+        # one image token is 16 x 16 pixels, the widget counts in 1024 x 1024; what is needed is
+        # rounded up and what there is down, so that the two never look equal
+        needed, allowed = -(-tokens * 100 // 4096) / 100, maximum * 100 // 4096 / 100
+        size = "" if is_text else f" ({needed:.2f} megapixels, reference pictures included)"
+        limit = "" if is_text else f" ({allowed:.2f} megapixels)"
         if tokens < minimum:
             remedy = "Use a longer prompt." if is_text else "Make the picture larger."
         else:

@@ -23,9 +23,10 @@ class DiskFullError(StorageError):
     def __init__(self, path: Path, needed_bytes: int, free_bytes: int) -> None:
         self.path, self.needed_bytes, self.free_bytes = path, needed_bytes, free_bytes
         needs = f"needs {size_text(needed_bytes)}, but" if needed_bytes else "does not fit:"
+        # a quota or a limit of the file system refuses long before the disk is full
         super().__init__(
-            f"'{path.name}' {needs} the disk of '{path.parent.name}' has {size_text(free_bytes)} "
-            "left. Free some space and queue again; finished blocks are kept."
+            f"'{path.name}' {needs} its disk takes no more ({size_text(free_bytes)} free in "
+            f"'{path.parent.name}'). Free some space and queue again; finished blocks are kept."
         )
 
 
@@ -54,4 +55,6 @@ class EngineBusyError(EngineError):
 
 def size_text(size: int) -> str:
     """Return a size in bytes as a person reads it."""
-    return f"{size / 1e9:,.1f} GB" if size >= 10**9 else f"{size / 1e6:,.1f} MB"
+    if size >= 10**9:
+        return f"{size / 1e9:,.1f} GB"
+    return f"{size / 1e6:.1f} MB" if size >= 10**6 else f"{size / 1e3:.1f} kB"

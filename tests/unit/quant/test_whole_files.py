@@ -101,9 +101,9 @@ def test_texts() -> None:
         "is kept."
     )
     assert str(DiskFullError("a.onnx", 0, 2**20)) == (
-        "'a.onnx' does not fit: its disk has 1.0 MiB left. Nothing was changed; free some "
-        "space and queue again."
+        "'a.onnx' does not fit: its disk takes no more (1.0 MB free). Nothing was changed; free "
+        "some space and queue again."
     )
     assert str(DiskFullError("a.onnx", 3 * 2**20, 2**20)).startswith(
-        "'a.onnx' needs 3.0 MiB, but its disk has 1.0 MiB left."
+        "'a.onnx' needs 3.1 MB, but its disk takes no more (1.0 MB free)."
     )

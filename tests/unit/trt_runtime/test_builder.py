@@ -199,7 +199,7 @@ def test_fp8_builds_for_the_first_generation_that_has_it(blocks: Callable[..., P
 @pytest.mark.parametrize(
     ("sm", "fp8_attention", "match"),
     [
-        ("sm86", True, "switch FP8 attention off"),
+        ("sm86", True, "switch 'fp8 attention' off"),
         ("sm75", False, "sm80 or newer"),
         ("sm86", False, None),
     ],

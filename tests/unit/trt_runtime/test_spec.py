@@ -29,14 +29,38 @@ def test_range_accepts_its_ends(tokens: int) -> None:
     PROFILE.range("N").check(tokens)
 
 
-@pytest.mark.parametrize(("tokens", "word"), [(9, "min"), (41, "max")])
-def test_range_refuses_and_names_the_widget(tokens: int, word: str) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "remedy"),
+    [
+        (9, "Make the picture larger."),
+        (
+            41,
+            "Make the picture smaller, or build again with a larger 'max megapixels' in 'Build "
+            "TensorRT Engine'.",
+        ),
+    ],
+)
+def test_range_refuses_and_says_what_to_do(tokens: int, remedy: str) -> None:
     with pytest.raises(ShapeProfileError) as caught:
         PROFILE.range("N").check(tokens)
     error = caught.value
     assert (error.tokens, error.minimum, error.maximum) == (tokens, 10, 40)
-    assert f'"{word} megapixels"' in str(error)
-    assert '"Build TensorRT Engine"' in str(error)
+    assert str(error).endswith(remedy)
+
+
+def test_text_of_too_few_and_too_many_text_tokens() -> None:
+    text = ShapeProfile(min_txt_tokens=16, opt_txt_tokens=16, max_txt_tokens=256).range("T")
+    with pytest.raises(ShapeProfileError, match=r"needs 4 text tokens\..* Use a longer prompt\."):
+        text.check(4)
+    with pytest.raises(ShapeProfileError, match=r"Use a shorter prompt.* 'max text tokens' in"):
+        text.check(512)
+
+
+def test_sizes_never_look_equal_to_a_limit_they_exceed() -> None:
+    with pytest.raises(ShapeProfileError) as caught:
+        ShapeProfile().range("N").check(4097)
+    assert "4097 image tokens (1.01 megapixels" in str(caught.value)
+    assert "64 to 4096 (1.00 megapixels)" in str(caught.value)
 
 
 @pytest.mark.parametrize(

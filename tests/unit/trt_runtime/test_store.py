@@ -53,7 +53,7 @@ def test_full_disk_is_told_and_leaves_the_old_file(
         write_atomic(path, b"12345")
     assert (caught.value.path, caught.value.needed_bytes) == (path, 5)
     assert caught.value.free_bytes > 0
-    assert "needs 5 bytes" in str(caught.value)
+    assert "needs 0.0 kB" in str(caught.value)
     assert [p.name for p in tmp_path.iterdir()] == ["a.plan"]
     assert path.read_bytes() == b"old"
 
