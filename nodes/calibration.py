@@ -91,9 +91,8 @@ class CalibrationSamples(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, save_as: str | None = None) -> bool | str:
-        # None while the name comes through a link; it is checked when the node runs.
-        fault = paths.name_fault(save_as) if save_as else None
-        return True if fault is None else f"{save_as!r} cannot be used: {fault}"
+        # an empty name saves nothing
+        return paths.name_verdict(save_as or None, "FLUX Calibration Samples")
 
     @classmethod
     @told

@@ -137,6 +137,17 @@ def new_checkpoint(name: str) -> Path:
     return _folders().new_checkpoint(name)
 
 
+def name_verdict(name: str | None, node: str) -> bool | str:
+    """Return what a node's `validate_inputs` answers about a name: True, or what is wrong with it.
+
+    Args:
+        name: What was entered; None while it comes through a link: then it is checked in the run.
+        node: Display name of the node.
+    """
+    fault = None if name is None else name_fault(name)
+    return True if name is None or fault is None else str(ArtifactNameError(name, fault, node))
+
+
 def samples_file(name: str) -> Path:
     """Return the file in which calibration samples are or will be saved.
 

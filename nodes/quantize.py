@@ -66,7 +66,7 @@ class Quantize(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, name: str) -> bool | str:
-        return _name_verdict(name)
+        return paths.name_verdict(name, "Quantize FLUX to FP4")
 
     @classmethod
     def fingerprint_inputs(
@@ -125,7 +125,7 @@ class QuantizeModel(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, name: str) -> bool | str:
-        return _name_verdict(name)
+        return paths.name_verdict(name, "Quantize FLUX MODEL to FP4")
 
     @classmethod
     def fingerprint_inputs(cls, recipe: str | None, **_inputs: Any) -> tuple[Any, ...]:
@@ -168,9 +168,3 @@ def _quantized(
     text = reports.quantized_summary(quantized)
     progress.show(text)
     return io.NodeOutput(name, ui=ui.PreviewText(text))
-
-
-def _name_verdict(name: str | None) -> bool | str:
-    # None while the name comes through a link; it is checked when the node runs.
-    fault = None if name is None else paths.name_fault(name)
-    return True if fault is None else f"{name!r} cannot be used: {fault}"

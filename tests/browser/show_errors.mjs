@@ -56,7 +56,7 @@ async function shown(selector, text) {
           const view = around.getBoundingClientRect()
           if (box.top < view.top || box.bottom > view.bottom) return false
         }
-        return box.top >= 0 && box.bottom <= innerHeight && box.width > 0
+        return box.top >= 0 && box.bottom <= innerHeight
       }
       const walker = document.createTreeWalker(element, NodeFilter.SHOW_TEXT)
       let found = false
@@ -68,12 +68,14 @@ async function shown(selector, text) {
         const range = document.createRange()
         range.setStart(walker.currentNode, start)
         range.setEnd(walker.currentNode, start + wanted.length)
-        visible = [...range.getClientRects()].every((box) => inSight(box, walker.currentNode))
+        // a line break has a box without width
+        const boxes = [...range.getClientRects()].filter((box) => box.width > 0)
+        visible = boxes.length > 0 && boxes.every((box) => inSight(box, walker.currentNode))
       }
       const marked = app.graph.nodes.filter(
         (node) => node.has_errors || node.strokeStyles?.executionError?.call(node)
       )
-      return { text: element.innerText, found, visible, marked: marked.map((node) => node.type) }
+      return { text: element.innerText.slice(0, 2000), found, visible, marked: marked.map((node) => node.type) }
     },
     [selector, text]
   )
@@ -91,6 +93,18 @@ for (const [name, { prompt, text, places }] of Object.entries(cases)) {
     await page.waitForSelector(selector, { timeout: 90000 })
     // the panel unfolds
     await page.waitForTimeout(1000)
+    // What a node says against an input is behind an icon.
+    const details = page.locator(`${selector} button[aria-expanded=false]:has([class*="lucide--info"])`)
+    if (await details.count()) await details.first().click()
+    // The panel puts its report together from several requests; without the text it says so later.
+    await page
+      .waitForFunction(
+        ([place, wanted]) => document.querySelector(place)?.textContent.includes(wanted),
+        [selector, text],
+        { timeout: 20000 }
+      )
+      .catch(() => {})
+    await page.waitForTimeout(500)
     report[name][kind] = await shown(selector, text)
     await page.screenshot({ path: path.join(screenshots, `error_${name}_${kind}.png`) })
   }

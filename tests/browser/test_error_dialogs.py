@@ -61,7 +61,11 @@ EXPECTED = {
         "a larger 'max megapixels' in 'Build TensorRT Engine'.",
         "SamplerCustomAdvanced",
     ),
-    "name_leaves_folder": ("'../x' cannot be used: ", "FluxFP4Quantize"),
+    "name_leaves_folder": (
+        "'../x' cannot be the name of a file: it starts with a dot, which hides the folder. Enter "
+        "a plain name such as 'flux1-dev-nvfp4' in 'Quantize FLUX to FP4'.",
+        "FluxFP4Quantize",
+    ),
     "no_checkpoint": ("gone.safetensors", "FluxFP4EngineFromCheckpoint"),
 }
 # The panel is ComfyUI's default, the dialog comes without its setting 'Show errors tab'.
@@ -155,7 +159,7 @@ def report(
         cwd=HERE,
         capture_output=True,
         text=True,
-        timeout=550,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]

@@ -28,7 +28,7 @@ def test_missing_package_is_named() -> None:
     def execute() -> Any:
         import package_that_nobody_has  # noqa: F401
 
-    with pytest.raises(PackageMissingError, match="requirements.txt") as caught:
+    with pytest.raises(PackageMissingError, match=r"requirements\.txt") as caught:
         execute()
     assert caught.value.package == "package_that_nobody_has"
 
