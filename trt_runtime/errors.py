@@ -7,7 +7,13 @@ from pathlib import Path
 
 BUILD_NODE = '"Build TensorRT Engine"'
 EXPORT_NODE = '"Export FLUX FP4 to ONNX"'
+MAX_PROBLEM = 600
 OUT_OF_MEMORY = "killed for want of memory"
+
+
+def shortened(problem: str) -> str:
+    """Cut a text that quotes a file to what an error can show."""
+    return problem if len(problem) <= MAX_PROBLEM else f"{problem[:MAX_PROBLEM]}..."
 
 
 class EngineError(Exception):
@@ -69,9 +75,10 @@ class BlockContractError(EngineError):
     """An ONNX file that is not a block this runtime can trust."""
 
     def __init__(self, path: Path, problem: str) -> None:
-        self.path, self.problem = path, problem
+        # it quotes the file, which may hold names of megabytes
+        self.path, self.problem = path, shortened(problem)
         super().__init__(
-            f"'{path.name}' is not a usable block ONNX: {problem}. "
+            f"'{path.name}' is not a usable block ONNX: {self.problem}. "
             f"Export it again with {EXPORT_NODE}."
         )
 
