@@ -184,7 +184,7 @@ class RecipeError(QuantError):
     def __init__(self, name: str, reason: str) -> None:
         self.name, self.reason = name, reason
         super().__init__(
-            f"Recipe '{name}' cannot be used: {reason}. "
+            f"Recipe {name!r} cannot be used: {reason}. "
             "Correct the file or choose another recipe in 'Quantize FLUX to FP4'."
         )
 

@@ -107,3 +107,52 @@ def _add(parent: Any, name: str, value: Any) -> None:
         parent[name] = value
     else:
         parent.append(value)
+
+
+_NAME_PARTS = (
+    "..",
+    ".",
+    "/",
+    "\\",
+    "//",
+    "C:",
+    "\\\\server\\share",
+    "NUL",
+    "con",
+    "COM¹",
+    "~",
+    "$HOME",
+    "%2e%2e",
+    "%00",
+    "x",
+    "outside",
+    "secret",
+    "sm120",
+    "recipes",
+    "samples",
+    ".statistics",
+    ".yaml",
+    ".safetensors",
+    " ",
+    "\0",
+    "\n",
+    "\u2215",  # division slash
+    "\uff0f",  # full-width slash
+    "\uff0e\uff0e",  # full-width dots
+    "\u2025",  # two dot leader
+    "\u202e",  # writes from right to left
+    "\u200b",  # takes no room
+    "e\u0301",
+    "\u00e9",
+    "\ud800",
+    "\udc80",
+    "\U0001f600",
+    "y" * 101,
+    "z" * 5000,
+)
+
+names = st.one_of(
+    st.lists(st.sampled_from(_NAME_PARTS), min_size=1, max_size=6).map("".join),
+    st.text(st.characters(exclude_categories=()), max_size=8),
+)
+"""Texts that a widget, a link or the command line can carry, and that should be a name."""
