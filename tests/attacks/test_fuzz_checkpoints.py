@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import pytest
 import torch
 from checkpoint_layouts import diffusers_state, save_sharded
@@ -16,6 +16,7 @@ from flux_fp4.quant.errors import QuantError, QuantizedCheckpointError
 from flux_fp4.quant.flux.config import block_linears, plan_shapes
 from flux_fp4.quant.flux.model import tensor_shapes
 from flux_fp4.quant.onnx_export import export_blocks, exported_blocks
+from flux_fp4.quant.onnx_export.blocks import block_model
 from flux_fp4.quant.quantized_checkpoint import QuantizedCheckpoint, is_in_plan
 from flux_fp4.quant.sources.source import open_source
 from flux_fp4.quant.summary import quantized_summary
@@ -107,18 +108,13 @@ def test_shard_of_a_name_that_no_disk_takes(index: tuple[Path, bytes]) -> None:
             open_source(path)
 
 
-RECIPES = ("nvfp4-svdquant-r16", "nvfp4-awq", "fp8", "bf16")
-
-
-@pytest.fixture(scope="module", params=RECIPES)
-def quantized(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Path, bytes]]:
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
     folder = tmp_path_factory.mktemp("quantized")
     source = save_flux(random_flux(), folder / "source.safetensors")
     path = folder / "q" / "q.safetensors"
-    quantize(source, path, with_recipe(request.param), statistics=folder / "statistics")
-    yield path, path.read_bytes()
+    quantize(source, path, with_recipe("nvfp4-svdquant-r16"), statistics=folder / "statistics")
+    return path, path.read_bytes()
 
 
 def used_without_surprise(path: Path) -> None:
@@ -134,8 +130,9 @@ def used_without_surprise(path: Path) -> None:
             for linear in block_linears(block):
                 shape = plan_shapes(checkpoint.metadata.config, block)[f"{linear}.weight"]
                 assert checkpoint.linear_shape(f"{block}.{linear}") == shape
-        export_blocks(path, ignore_progress)
-        assert exported_blocks(path)
+        blocks = checkpoint.metadata.block_names
+        for block in (blocks[0], blocks[-1]):
+            assert ir.to_proto(block_model(checkpoint, block)).graph.node
     assert len(refusal) < 2000
 
 
@@ -215,14 +212,14 @@ LAYOUT = dict.fromkeys(("a", "b", "c"), (torch.uint8, (64,)))
 
 
 @given(data=st.data())
-def test_journal(tmp_path_factory: pytest.TempPathFactory, folder: Path, data: Any) -> None:
+def test_journal(folder: Path, data: Any) -> None:
     path = folder / "work.safetensors"
     journal = folder / ".work.journal"
-    with pytest.raises(KeyboardInterrupt), CheckpointWriter(path, LAYOUT, "job") as writer:
+    # leaving without `finish` keeps the parts, as a cancel does
+    with CheckpointWriter(path, LAYOUT, "job") as writer:
         for value, name in enumerate(LAYOUT):
             writer.add(name, torch.full((64,), value, dtype=torch.uint8))
             writer.finish_part(name, {"linears": [value]})
-        raise KeyboardInterrupt
     valid = journal.read_bytes()
     journal.write_bytes(data.draw(damaged_bytes(valid)))
     with CheckpointWriter(path, LAYOUT, "job") as writer:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mutations import changed_json, damaged_bytes
 from quantize_tiny import quantize
+from safetensors.torch import load
 from tiny_flux import random_flux, random_samples, save_flux
 
 pytestmark = pytest.mark.usefixtures("bounded_memory")
@@ -97,10 +97,10 @@ YAML_WORDS = (
     "@",
     "`",
     "\t",
-    "[" * 3000,
-    "{" * 3000,
-    "- " * 3000,
-    "? " * 3000,
+    "[" * 300,
+    "{" * 300,
+    "- " * 300,
+    "? " * 300,
 )
 
 
@@ -208,7 +208,7 @@ def test_samples_with_changed_numbers(samples: tuple[Path, bytes, str], data: An
 
 
 @pytest.fixture(scope="module")
-def statistics(folder: Path) -> Iterator[tuple[StatisticsFolder, Path, bytes]]:
+def statistics(folder: Path) -> tuple[StatisticsFolder, Path, bytes]:
     source = save_flux(random_flux(), folder / "source.safetensors")
     quantize(source, folder / "q.safetensors", statistics=folder / "statistics")
     found = next((folder / "statistics").glob("*/single_blocks.0.safetensors"))
@@ -216,28 +216,25 @@ def statistics(folder: Path) -> Iterator[tuple[StatisticsFolder, Path, bytes]]:
     stored = header["__metadata__"]
     reader = StatisticsFolder(folder / "statistics", stored["source"], stored["calibration"])
     assert reader.path == found.parent
-    yield reader, found, found.read_bytes()
-
-
-def equal(first: Any, second: Any) -> bool:
-    return repr(first) == repr(second)
+    return reader, found, found.read_bytes()
 
 
 @given(data=st.data())
 def test_statistics(statistics: tuple[StatisticsFolder, Path, bytes], data: Any) -> None:
     reader, path, valid = statistics
-    path.write_bytes(valid)
-    expected = reader.read("single_blocks.0")
-    assert expected is not None
     header, tensors = parts(valid)
     changed = changed_json(header).map(lambda value: joined(value, tensors))
-    path.write_bytes(data.draw(changed | damaged_bytes(valid)))
+    start = valid[: len(valid) - len(tensors)]
+    damaged = damaged_bytes(start).map(lambda head: head + tensors)
+    path.write_bytes(data.draw(changed | damaged))
     found = reader.read("single_blocks.0")
-    assert found is None or all(
-        torch.equal(found.linears[name].mean_square, entry.mean_square)
-        and torch.equal(found.linears[name].range.quantiles, entry.range.quantiles)
-        for name, entry in expected.linears.items()
-    )
+    if found is not None:
+        # what is read is mapped, so it is compared with a copy from memory
+        expected = load(valid)
+        for name, entry in found.linears.items():
+            assert torch.equal(entry.mean_square, expected[f"linears.{name}.mean_square"])
+            assert torch.equal(entry.range.quantiles, expected[f"linears.{name}.quantiles"])
+        assert found.linears.keys() == {"linear1", "linear2"}
     assert reader.holds("single_blocks.0") in (True, False)
 
 

@@ -82,14 +82,15 @@ def changed_json(draw: st.DrawFn, valid: Any) -> Any:
         if action == "remove":
             del parent[key]
         elif action == "add":
-            _add(parent, draw(st.sampled_from(TEXTS)), draw(values))
+            _add(parent, draw(st.sampled_from(TEXTS)), copy.deepcopy(draw(values)))
         elif action == "move":
             other, name = draw(st.sampled_from(places))
             parent[key] = copy.deepcopy(other[name])
         elif action == "scale" and isinstance(parent[key], int):
             parent[key] = parent[key] * draw(st.sampled_from((-1, 2, 8))) + draw(st.integers(-1, 1))
         else:
-            parent[key] = draw(values)
+            # a copy: a list that is drawn again must not hold itself
+            parent[key] = copy.deepcopy(draw(values))
     return document
 
 
