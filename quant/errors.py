@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+MAX_QUOTED = 600
+
+
+def shortened(text: str) -> str:
+    """Cut a text that quotes a file, which may hold names of megabytes, to what can be shown."""
+    return text if len(text) <= MAX_QUOTED else f"{text[:MAX_QUOTED]}..."
+
 
 class QuantError(Exception):
     """Root of every error that quantization and export raise on purpose."""
@@ -26,14 +33,15 @@ class UnknownCheckpointError(QuantError):
         missing: Sequence[str] = (),
         next_step: str = "Choose a FLUX diffusion model in 'Quantize FLUX to FP4'.",
     ) -> None:
-        self.name, self.reason, self.missing = name, reason, tuple(missing)
+        self.name, self.reason, self.missing = name, shortened(reason), tuple(missing)
         self.next_step = next_step
         lacks = ""
         if missing:
-            first = ", ".join(f"'{tensor}'" for tensor in self.missing[:3])
+            first = shortened(", ".join(f"'{tensor}'" for tensor in self.missing[:3]))
             lacks = f" It lacks {len(missing)} FLUX tensors (first: {first})."
         super().__init__(
-            f"'{name}' is no FLUX transformer that can be quantized: {reason}.{lacks} {next_step}"
+            f"'{name}' is no FLUX transformer that can be quantized: {self.reason}.{lacks} "
+            f"{next_step}"
         )
 
 
@@ -52,8 +60,8 @@ class DamagedCheckpointError(QuantError):
         reason: str,
         next_step: str = "Get the file anew, or choose another one in 'Quantize FLUX to FP4'.",
     ) -> None:
-        self.name, self.reason, self.next_step = name, reason, next_step
-        super().__init__(f"'{name}' cannot be read: {reason}. {next_step}")
+        self.name, self.reason, self.next_step = name, shortened(reason), next_step
+        super().__init__(f"'{name}' cannot be read: {self.reason}. {next_step}")
 
 
 class UnsupportedWeightError(QuantError):
@@ -68,7 +76,7 @@ class UnsupportedWeightError(QuantError):
     def __init__(self, linear: str, found: str, limit: str) -> None:
         self.linear, self.found, self.limit = linear, found, limit
         super().__init__(
-            f"Cannot quantize '{linear}' to NVFP4: {found}; {limit}. "
+            f"Cannot quantize '{shortened(linear)}' to NVFP4: {shortened(found)}; {limit}. "
             "Choose a checkpoint with bf16, fp16 or fp32 weights of FLUX's own sizes."
         )
 
@@ -113,9 +121,9 @@ class CalibrationFileError(QuantError):
     """
 
     def __init__(self, name: str, reason: str) -> None:
-        self.name, self.reason = name, reason
+        self.name, self.reason = name, shortened(reason)
         super().__init__(
-            f"'{name}' holds no usable calibration samples: {reason}. "
+            f"'{name}' holds no usable calibration samples: {self.reason}. "
             "Save them again in 'FLUX Calibration Samples'."
         )
 
@@ -182,9 +190,9 @@ class RecipeError(QuantError):
     """
 
     def __init__(self, name: str, reason: str) -> None:
-        self.name, self.reason = name, reason
+        self.name, self.reason = name, shortened(reason)
         super().__init__(
-            f"Recipe {name!r} cannot be used: {reason}. "
+            f"Recipe {name!r} cannot be used: {self.reason}. "
             "Correct the file or choose another recipe in 'Quantize FLUX to FP4'."
         )
 
@@ -198,9 +206,9 @@ class QuantizedCheckpointError(QuantError):
     """
 
     def __init__(self, name: str, reason: str) -> None:
-        self.name, self.reason = name, reason
+        self.name, self.reason = name, shortened(reason)
         super().__init__(
-            f"'{name}' is not a usable FP4 checkpoint: {reason}. "
+            f"'{name}' is not a usable FP4 checkpoint: {self.reason}. "
             "Make it again with 'Quantize FLUX to FP4'."
         )
 

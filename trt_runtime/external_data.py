@@ -16,6 +16,9 @@ from .errors import BlockContractError
 if TYPE_CHECKING:
     import onnx
 
+MAX_NAME_BYTES = 255
+"""Of a file name, on every usual file system; the system's answer to a longer one is an error."""
+
 _KEYS = {"location", "offset", "length"}
 
 
@@ -108,7 +111,8 @@ def _bits(path: Path, tensor: onnx.TensorProto) -> int:
 
 def _weights_file(path: Path, location: str) -> Path:
     """Return the weights file, which must be a plain file beside the ONNX file."""
-    if re.search(r"[/\\:\x00]", location) or location in ("", ".", ".."):
+    is_path = re.search(r"[/\\:\x00]", location) is not None or location in ("", ".", "..")
+    if is_path or len(location.encode()) > MAX_NAME_BYTES:
         raise BlockContractError(path, f"its weights lie outside its folder, at '{location}'")
     weights = path.parent / location
     if weights.is_symlink():

@@ -213,7 +213,7 @@ def plan_shapes(config: FluxConfig, block: str) -> dict[str, tuple[int, ...]]:
     """
     width, mlp, mlp_in = config.hidden_size, config.mlp_size, config.mlp_in_size
     if block.startswith("double_blocks."):
-        streams = ("img_", "txt_")
+        streams: tuple[str, ...] = ("img_", "txt_")
         linears = {
             "attn.qkv": (3 * width, width),
             "attn.proj": (width, width),
