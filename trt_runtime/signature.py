@@ -226,10 +226,8 @@ def _specs(
             raise BlockContractError(path, f"'{value.name}' has an unexpected shape {found}")
         specs[value.name] = spec
     if specs.keys() != set(names):
-        differing = reprlib.repr(sorted(specs.keys() ^ set(names)))
-        raise BlockContractError(
-            path, f"inputs and outputs differ from the contract at {differing}"
-        )
+        names_at = reprlib.repr(sorted(specs.keys() ^ set(names)))
+        raise BlockContractError(path, f"inputs and outputs differ from the contract at {names_at}")
     wrong = [spec.name for spec in specs.values() if not has_factor_shape(spec)]
     if wrong:
         raise BlockContractError(path, f"'{wrong[0]}' has no shape of a low-rank factor")
