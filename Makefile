@@ -1,6 +1,7 @@
 # make demo    picture and table from the whole path on the small model
 # make test    every test (ComfyUI is booted on the CPU)
 # make lint | types | unit | comfy | browser    one part
+# make fuzz    random attacks on every reader of files, FUZZ_MINUTES=10 of them
 #
 # PYTHON=/path/to/python3.x   interpreter for .venv (default: the newest of 3.10 to 3.13 found)
 # COMFYUI_PATH=/path/to/ComfyUI   a tree to use instead of the pinned 0.30.0
@@ -8,7 +9,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test setup comfyui npm lint types unit comfy browser gpu constraints golden thumbnails clean
+.PHONY: demo test setup comfyui npm lint types unit comfy browser gpu fuzz constraints golden thumbnails clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -38,6 +39,16 @@ comfy: setup
 
 browser: setup npm
 	$(BIN)/python -m pytest tests/browser
+
+# `make test` runs the same tests with the same examples each time; here they are new ones, round by
+# round until the time is up. What fails is kept in .hypothesis and tried first the next time.
+FUZZ_MINUTES ?= 10
+fuzz: setup
+	end=$$((SECONDS + 60 * $(FUZZ_MINUTES))); \
+	while ((SECONDS < end)); do \
+		$(BIN)/python -m pytest -q --hypothesis-profile=fuzz tests/attacks/test_fuzz_*.py \
+			tests/attacks/test_names.py; \
+	done
 
 # Needs an NVIDIA GPU; not a part of `make test`.
 gpu: setup

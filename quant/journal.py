@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+from blake3 import blake3
+
 
 class Journal:
-    """JSON lines: the job's name first, then one entry per finished part.
+    """Lines of a digest and JSON: the job's name first, then one entry per finished part.
 
     Attributes:
         entries: What the file holds.
@@ -21,7 +22,7 @@ class Journal:
         self.entries: list[dict[str, Any]] = []
 
     def read(self, job: str) -> list[dict[str, Any]]:
-        """Return the entries of an earlier run of ``job``; a torn last line is cut off."""
+        """Return the entries of an earlier run of ``job``; what follows damage is cut off."""
         try:
             lines = self._path.read_bytes().splitlines(keepends=True)
         except OSError:
@@ -29,13 +30,13 @@ class Journal:
         if not lines or lines[0] != _line({"job": job}):
             return []
         whole = len(lines[0])
-        with contextlib.suppress(ValueError):
-            for line in lines[1:]:
-                # a line without its end may still read as a shorter number or name
-                if not line.endswith(b"\n"):
-                    break
-                self.entries.append(json.loads(line))
-                whole += len(line)
+        for line in lines[1:]:
+            digest, _, text = line.partition(b" ")
+            # a line without its end may still read as a shorter number or name
+            if not line.endswith(b"\n") or digest != _digest(text):
+                break
+            self.entries.append(json.loads(text))
+            whole += len(line)
         # cut, not written anew: a crash right here must not lose the entries
         os.truncate(self._path, whole)
         return self.entries
@@ -63,4 +64,9 @@ class Journal:
 
 
 def _line(entry: dict[str, Any]) -> bytes:
-    return json.dumps(entry).encode() + b"\n"
+    text = json.dumps(entry).encode() + b"\n"
+    return _digest(text) + b" " + text
+
+
+def _digest(text: bytes) -> bytes:
+    return blake3(text).hexdigest(length=16).encode()

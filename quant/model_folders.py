@@ -24,8 +24,12 @@ STATISTICS = ".statistics"
 
 _MAX_NAME = 100
 # Windows refuses these characters and device names; a pack folder may be shared between systems.
-_FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f]')
-_DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+# Half a surrogate pair is text that no file system stores.
+_FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f\x7f-\x9f\ud800-\udfff]')
+# https://learn.microsoft.com/windows/win32/fileio/naming-a-file, superscript digits included
+_DEVICES = re.compile(
+    r"(con|conin\$|conout\$|prn|aux|nul|(com|lpt)[\d¹²³]) *(\..*)?", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -128,8 +132,9 @@ def name_fault(name: str) -> str | None:
         return "it is empty, or starts or ends with a space or a dot"
     if name.startswith("."):
         return "it starts with a dot, which hides the folder"
-    if len(name.encode()) > _MAX_NAME:
-        return f"it has {len(name.encode())} bytes, the limit is {_MAX_NAME}"
+    size = len(name.encode("utf-8", "surrogatepass"))
+    if size > _MAX_NAME:
+        return f"it has {size} bytes, the limit is {_MAX_NAME}"
     if (found := _FORBIDDEN.search(name)) is not None:
         return f"{found[0]!r} is not allowed in it"
     if _DEVICES.fullmatch(name):

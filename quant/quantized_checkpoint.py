@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from .errors.files import QuantizedCheckpointError
 from .flux.config import FluxConfig, block_linears
+from .plan_tensors import plan_tensor_fault, stored_format
 from .recipe import Format, QuantizeOptions
 from .safetensors_header import StoredTensor, read_header
 
@@ -45,7 +46,7 @@ class LinearReport(BaseModel):
         input_amax: Largest input magnitude seen in calibration.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str
     format: Format
@@ -57,7 +58,7 @@ class LinearReport(BaseModel):
 class BlockReport(BaseModel):
     """SQNR of what one block adds to its input, all its quantization taken together."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str
     update_sqnr_db: float
@@ -90,7 +91,7 @@ class QuantizedMetadata(BaseModel):
             stays outside of plans.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     format_version: Literal[2] = 2
     variant: str
@@ -104,7 +105,7 @@ class QuantizedMetadata(BaseModel):
     velocity_sqnr_db: float | None
     source_name: str
     source_layout: str
-    source_bytes: int
+    source_bytes: int = Field(ge=1, le=1 << 50)
     source_digest: str
     content_digest: str
     linears: tuple[LinearReport, ...]
@@ -156,7 +157,17 @@ class QuantizedCheckpoint:
             raise QuantizedCheckpointError(path.name, f"it cannot be read ({error})") from error
         metadata = _parsed_metadata(path.name, header.metadata)
         checkpoint = cls(path, metadata, header.tensors)
+        checkpoint._check_blocks()
         checkpoint._check_complete()
+        fault = plan_tensor_fault(
+            checkpoint.tensors,
+            metadata.config,
+            metadata.block_names,
+            metadata.high_precision,
+            metadata.fp8_attention,
+        )
+        if fault is not None:
+            raise QuantizedCheckpointError(path.name, fault)
         return checkpoint
 
     @property
@@ -206,7 +217,7 @@ class QuantizedCheckpoint:
 
     def linear_format(self, linear: str) -> Format:
         """Tell a block Linear's format from its stored dtype."""
-        return _FORMATS.get(self.tensors[f"{linear}.weight"].dtype, "bf16")
+        return stored_format(self.tensors[f"{linear}.weight"])
 
     def was_made_from(self, source_digest: str, options: QuantizeOptions, calibration: str) -> bool:
         """Tell whether quantizing again with these inputs would write the same file."""
@@ -216,6 +227,13 @@ class QuantizedCheckpoint:
             and metadata.options == options
             and metadata.calibration_digest == calibration
         )
+
+    def _check_blocks(self) -> None:
+        blocks = self.metadata.block_names
+        unknown = set(blocks) - set(self.metadata.config.block_names)
+        if unknown or len(set(blocks)) != len(blocks):
+            reason = f"it lists blocks twice or that the model has not: {sorted(unknown)[:3]}"
+            raise QuantizedCheckpointError(self.path.name, reason)
 
     def _check_complete(self) -> None:
         missing = sorted(self._needed() - set(self.tensors))
@@ -258,8 +276,6 @@ def up_to_date_checkpoint(
     remove_leftovers(destination)
     return checkpoint
 
-
-_FORMATS: dict[str, Format] = {"U8": "nvfp4", "F8_E4M3": "fp8"}
 
 FORMAT_PARTS: dict[Format, tuple[str, ...]] = {
     "nvfp4": ("weight", "weight_scale", "weight_scale_2", "input_scale"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -62,7 +62,7 @@ class FormatOverride(_Frozen):
         format: What they get.
     """
 
-    linears: tuple[str, ...]
+    linears: tuple[Annotated[str, Field(max_length=100)], ...] = Field(max_length=256)
     format: Format
 
 
@@ -101,7 +101,7 @@ class Recipe(_Frozen):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,49}$")
     summary: str = Field(min_length=1, max_length=200)
     linears: Format
-    overrides: tuple[FormatOverride, ...] = ()
+    overrides: tuple[FormatOverride, ...] = Field(default=(), max_length=64)
     scale_search: Literal["max", "mse", "four-over-six"] = "max"
     smoothing: Literal["none", "awq"] = "none"
     low_rank: LowRankOptions | None = None
@@ -137,16 +137,46 @@ def read_recipe(path: Path) -> Recipe:
     try:
         if path.stat().st_size > _MAX_RECIPE_BYTES:
             raise RecipeError(path.name, f"it is larger than {_MAX_RECIPE_BYTES >> 10} KiB")
-        recipe = Recipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
-        raise RecipeError(path.name, f"it cannot be read ({_one_line(error)})") from error
+        recipe = Recipe.model_validate(_plain_yaml(path.read_text(encoding="utf-8")))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise RecipeError(path.name, f"{where}: {first['msg']}") from error
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        # ValueError: text that is not UTF-8, or a date or number that YAML cannot make of its text
+        raise RecipeError(path.name, f"it cannot be read ({_one_line(error)})") from error
     if recipe.name != path.stem:
         raise RecipeError(path.name, f"its name is '{recipe.name}', not '{path.stem}'")
     return recipe
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Reads YAML without tags, anchors and aliases, and with every key once.
+
+    Tags make Python values of texts, aliases make gigabytes of a few lines, and of a key that
+    occurs twice YAML takes the last.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event = self.peek_event()
+        if getattr(event, "anchor", None) or getattr(event, "tag", None):
+            raise yaml.YAMLError(f"{event.start_mark}: tags, anchors and aliases are not allowed")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.YAMLError(f"{node.start_mark}: it has {twice[:100]!r} twice")
+        return super().construct_mapping(node, deep)
+
+
+def _plain_yaml(text: str) -> Any:
+    loader = _PlainLoader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
 
 
 class QuantizeOptions(_Frozen):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import torch
+from blake3 import blake3
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -15,7 +18,9 @@ from .statistics import BlockStatistics, LinearStatistics, RangeStatistics
 from .statistics_names import statistics_name
 from .whole_files import make_folder, only_writer, whole_file
 
-_VERSION = "2"
+_VERSION = "3"
+_DIGEST = "digest"
+"""Of the tensors: scales come from them, and a damaged one would go unnoticed."""
 _VELOCITY = "velocity_sqnr_db.txt"
 _STATE = ("img", "txt", "vec", "cos", "sin", "shared_mods")
 
@@ -41,18 +46,21 @@ class StatisticsFolder:
         path = self._file(block)
         try:
             with safe_open(path, framework="pt") as file:
-                if file.metadata() != self._identity | {"block": block}:
+                found = file.metadata() or {}
+                digest = found.pop(_DIGEST, None)
+                if found != self._identity | {"block": block}:
                     return None
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError):
             return None  # a cache: what cannot be read is made again
-        return _from_tensors(tensors)
+        return _from_tensors(tensors) if digest == _digest(tensors) else None
 
     def holds(self, block: str) -> bool:
         """Tell by its header whether a block's statistics are there."""
         try:
             with safe_open(self._file(block), framework="pt") as file:
-                return bool(file.metadata() == self._identity | {"block": block})
+                found = file.metadata() or {}
+                return (self._identity | {"block": block}).items() <= found.items()
         except (OSError, SafetensorError):
             return False
 
@@ -69,16 +77,19 @@ class StatisticsFolder:
         """Store a block's statistics; the file takes its name when it is whole."""
         make_folder(self.path)
         # as bytes: safetensors' own writing to a file tells a full disk in words only
-        data = save(_to_tensors(statistics), self._identity | {"block": block})
+        tensors = _to_tensors(statistics)
+        identity = self._identity | {"block": block, _DIGEST: _digest(tensors)}
+        data = save(tensors, identity)
         with whole_file(self._file(block), len(data)) as file:
             file.write(data)
 
     def velocity_sqnr_db(self) -> float | None:
         """Return what ``write_velocity_sqnr_db`` stored, or None."""
         try:
-            return float((self.path / _VELOCITY).read_text(encoding="utf-8"))
+            db = float((self.path / _VELOCITY).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
+        return None if math.isnan(db) else db
 
     def write_velocity_sqnr_db(self, db: float) -> None:
         """Store how well the model predicts the velocity of the samples."""
@@ -87,6 +98,15 @@ class StatisticsFolder:
 
     def _file(self, block: str) -> Path:
         return self.path / f"{block}.safetensors"
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = blake3()
+    for name in sorted(tensors):
+        value = tensors[name]
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _to_tensors(statistics: BlockStatistics) -> dict[str, Tensor]:

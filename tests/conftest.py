@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from comfy_server import ComfyClient, ComfyServer
+from hypothesis import HealthCheck, Phase, settings
 from pack_import import ROOT, register_pack
 from skip_guard import SkipGuard
 from small_model_files import link_models
 
 register_pack()
+
+# An example takes milliseconds; the deadline is for a busy machine and still tells a hang.
+_COMMON: dict[str, Any] = {
+    "phases": [Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink],
+    "deadline": timedelta(seconds=20),
+    "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+}
+settings.register_profile("bounded", max_examples=50, derandomize=True, **_COMMON)
+settings.register_profile("fuzz", max_examples=2000, print_blob=True, **_COMMON)
+settings.load_profile("bounded")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -14,7 +14,8 @@ LORA_SUFFIX, MASK_SUFFIX = ".lora", ".mask"
 """Behind the name of a block whose Linears take low-rank factors, and of one whose attention takes
 a mask: the block's variants. Both in this order is the fourth form of a block."""
 
-BLOCK_NAME = re.compile(r"(double|single)_blocks\.(0|[1-9]\d{0,3})(\.lora)?(\.mask)?")
+# [0-9], not \d, which takes the digits of every script
+BLOCK_NAME = re.compile(r"(double|single)_blocks\.(0|[1-9][0-9]{0,3})(\.lora)?(\.mask)?")
 MODULATIONS = tuple(f"mod{i}_{part}" for i in (1, 2) for part in ("shift", "scale", "gate"))
 INPUTS = {
     "double": (
@@ -42,6 +43,9 @@ MASK_SHAPE: tuple[int | str, ...] = ("B", 1, "S", "S")
 OUTPUTS = {"double": ("img_out", "txt_out"), "single": ("x_out",)}
 HIGH_PRECISION = ("bf16", "fp16", "fp32")
 DYNAMIC_AXES = ("B", "N", "T", "S")
+MAX_DIMENSIONS = 4
+MAX_SIZE = 1 << 20
+"""Of an axis that is not dynamic: FLUX's widest Linear has 36,864 rows."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,11 @@ def has_factor_shape(spec: TensorSpec) -> bool:
     return not any(isinstance(dim, str) and dim.startswith(RANK_AXIS) for dim in spec.shape)
 
 
-def is_axis(name: str) -> bool:
-    """Tell whether a dynamic axis may have this name."""
-    return name in DYNAMIC_AXES or name.startswith(RANK_AXIS)
+def has_possible_shape(spec: TensorSpec) -> bool:
+    """Tell whether a shape has known axes and sizes within limits."""
+    return 0 < len(spec.shape) <= MAX_DIMENSIONS and all(
+        dim in DYNAMIC_AXES or dim.startswith(RANK_AXIS)
+        if isinstance(dim, str)
+        else 0 < dim <= MAX_SIZE
+        for dim in spec.shape
+    )

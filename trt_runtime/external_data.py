@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import math
 import re
+import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .contract import MAX_DIMENSIONS
 from .errors.blocks import BlockContractError
 
 if TYPE_CHECKING:
     import onnx
+
+MAX_NAME_BYTES = 255
+"""Of a file name, on every usual file system; the system's answer to a longer one is an error."""
+
+_KEYS = {"location", "offset", "length"}
 
 
 @dataclass(frozen=True)
@@ -61,15 +68,29 @@ def weight_ranges(path: Path, model: onnx.ModelProto) -> tuple[Path | None, tupl
 def _external_entries(path: Path, tensors: list[onnx.TensorProto]) -> Iterator[dict[str, str]]:
     for tensor in tensors:
         entries = {entry.key: entry.value for entry in tensor.external_data}
+        if entries.keys() - _KEYS or len(entries) != len(tensor.external_data):
+            # readers differ in which of two places counts, and one key moves the folder
+            keys = reprlib.repr([entry.key for entry in tensor.external_data])
+            raise BlockContractError(path, f"'{tensor.name}' says where it lies by {keys}")
         numbers = [entries.get(key, "") for key in ("offset", "length")]
-        if not all(re.fullmatch(r"\d{1,15}", number) for number in numbers):
+        if not all(re.fullmatch(r"[0-9]{1,15}", number) for number in numbers):
             raise BlockContractError(path, f"'{tensor.name}' has no plain offset and length")
-        expected = math.ceil(math.prod(tensor.dims) * _bits(path, tensor) / 8)
-        if any(dim < 0 for dim in tensor.dims) or int(numbers[1]) != expected:
+        expected = _byte_size(path, tensor)
+        if int(numbers[1]) != expected:
             raise BlockContractError(
                 path, f"'{tensor.name}' has {numbers[1]} bytes, its shape needs {expected}"
             )
+        entries.setdefault("location", "")
         yield entries
+
+
+def _byte_size(path: Path, tensor: onnx.TensorProto) -> int:
+    dims = tuple(tensor.dims)
+    if len(dims) > MAX_DIMENSIONS or not all(0 <= dim < 1 << 40 for dim in dims):
+        raise BlockContractError(
+            path, f"'{tensor.name}' has the impossible shape {reprlib.repr(dims)}"
+        )
+    return -(-math.prod(dims) * _bits(path, tensor) // 8)
 
 
 def _bits(path: Path, tensor: onnx.TensorProto) -> int:
@@ -90,7 +111,8 @@ def _bits(path: Path, tensor: onnx.TensorProto) -> int:
 
 def _weights_file(path: Path, location: str) -> Path:
     """Return the weights file, which must be a plain file beside the ONNX file."""
-    if re.search(r"[/\\:\x00]", location) or location in ("", ".", ".."):
+    is_path = re.search(r"[/\\:\x00]", location) is not None or location in ("", ".", "..")
+    if is_path or len(location.encode()) > MAX_NAME_BYTES:
         raise BlockContractError(path, f"its weights lie outside its folder, at '{location}'")
     weights = path.parent / location
     if weights.is_symlink():

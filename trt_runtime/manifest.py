@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import mmap
 import re
+import reprlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,7 +13,16 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .backend import Backend
-from .contract import BLOCK_NAME, TensorSpec, block_names, has_factor_shape, input_names
+from .contract import (
+    BLOCK_NAME,
+    HIGH_PRECISION,
+    OUTPUTS,
+    TensorSpec,
+    block_names,
+    has_factor_shape,
+    has_possible_shape,
+    input_names,
+)
 from .digest import digest_of_bytes, digest_of_file
 from .errors.backend import EngineVersionError
 from .errors.engine import (
@@ -76,11 +86,17 @@ class PlanEntry(_Strict):
 
     @model_validator(mode="after")
     def _shapes_and_file_are_of_this_block(self) -> PlanEntry:
-        if {spec.name for spec in self.inputs} != set(input_names(self.block, self.kind)):
-            raise ValueError(f"the inputs are not those of '{self.block}'")
-        for spec in self.inputs:
-            if not has_factor_shape(spec):
-                raise ValueError(f"input '{spec.name}' has the shape {list(spec.shape)}")
+        for specs, names, what in (
+            (self.inputs, input_names(self.block, self.kind), "inputs"),
+            (self.outputs, OUTPUTS[self.kind], "outputs"),
+        ):
+            if sorted(spec.name for spec in specs) != sorted(names):
+                raise ValueError(f"the {what} are not those of '{self.block}'")
+        for spec in (*self.inputs, *self.outputs):
+            if not (has_possible_shape(spec) and has_factor_shape(spec)):
+                raise ValueError(f"'{spec.name}' has the shape {reprlib.repr(list(spec.shape))}")
+            if spec.dtype not in HIGH_PRECISION:
+                raise ValueError(f"'{spec.name}' has the type {reprlib.repr(spec.dtype)}")
         expected = plan_file_name(self.block, self.key)
         if self.file != expected:
             # also refuses every path: separators cannot occur in the expected name
@@ -96,7 +112,7 @@ class EngineManifest(_Strict):
     backend_version: str
     builder_platform: str
     builder_python: str
-    targets: tuple[Annotated[str, Field(pattern=r"^sm\d{2,3}$")], ...]
+    targets: tuple[Annotated[str, Field(pattern=r"^sm[0-9]{2,3}$")], ...]
     profile: ShapeProfile
     checkpoint_digest: str
     recipe: str
@@ -252,6 +268,8 @@ def check_plan_size(engine_dir: Path, entry: PlanEntry) -> None:
     if path.is_symlink() or not path.is_file():
         raise PlanMissingError(entry.file, "is missing")
     size = path.stat().st_size
+    if not size:
+        raise PlanTruncatedError(entry.file, "is empty")
     if size != entry.bytes:
         raise PlanTruncatedError(entry.file, f"has {size} bytes, its manifest says {entry.bytes}")
 

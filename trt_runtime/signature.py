@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+import reprlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,8 +18,8 @@ from .contract import (
     TensorSpec,
     block_names,
     has_factor_shape,
+    has_possible_shape,
     input_names,
-    is_axis,
     is_plain,
 )
 from .errors.blocks import BlockContractError, BlocksMissingError, BlocksMixedError
@@ -69,6 +70,8 @@ def read_signature(path: Path) -> BlockSignature:
         BlockContractError: the file is damaged, is not a block, or refers to data it must not.
     """
     model = _parsed(path)
+    if not all(isinstance(text, str) for text in _texts(model)):
+        raise BlockContractError(path, "it holds names that are not UTF-8")
     properties = {entry.key: entry.value for entry in model.metadata_props}
     reader = _Properties(path, properties)
     if reader.text("contract") != CONTRACT:
@@ -151,7 +154,7 @@ class _Properties:
 
     def number(self, key: str) -> int:
         value = self.text(key)
-        if not re.fullmatch(r"\d{1,4}", value):
+        if not re.fullmatch(r"[0-9]{1,4}", value):
             raise BlockContractError(self.path, f"metadata 'flux_fp4.{key}' is not a number")
         return int(value)
 
@@ -184,6 +187,23 @@ def _parsed(path: Path) -> onnx.ModelProto:
         raise BlockContractError(path, "it is damaged or not ONNX") from error
 
 
+def _texts(model: onnx.ModelProto) -> Iterator[str | bytes]:
+    """Yield every text that is looked at; protobuf gives what is not UTF-8 as bytes."""
+    for prop in model.metadata_props:
+        yield from (prop.key, prop.value)
+    for tensor in model.graph.initializer:
+        yield tensor.name
+        for entry in tensor.external_data:
+            yield from (entry.key, entry.value)
+    for value in (*model.graph.input, *model.graph.output):
+        yield value.name
+        yield from (dim.dim_param for dim in value.type.tensor_type.shape.dim)
+    for function in model.functions:
+        yield from (function.domain, function.name)
+    for node in (*model.graph.node, *(node for f in model.functions for node in f.node)):
+        yield from (node.name, node.domain, node.op_type)
+
+
 def _specs(
     path: Path, values: Iterable[onnx.ValueInfoProto], names: tuple[str, ...]
 ) -> tuple[TensorSpec, ...]:
@@ -200,12 +220,14 @@ def _specs(
         shape = tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim)
         if tensor.elem_type not in dtypes:
             raise BlockContractError(path, f"'{value.name}' has an unexpected type")
-        if not all(is_axis(d) if isinstance(d, str) else 0 < d <= 1 << 20 for d in shape):
-            raise BlockContractError(path, f"'{value.name}' has an unexpected shape {shape}")
-        specs[value.name] = TensorSpec(value.name, dtypes[tensor.elem_type], shape)
+        spec = TensorSpec(value.name, dtypes[tensor.elem_type], shape)
+        if value.name in specs or not has_possible_shape(spec):
+            found = reprlib.repr(shape)
+            raise BlockContractError(path, f"'{value.name}' has an unexpected shape {found}")
+        specs[value.name] = spec
     if specs.keys() != set(names):
-        wrong = sorted(specs.keys() ^ set(names))
-        raise BlockContractError(path, f"inputs and outputs differ from the contract at {wrong}")
+        names_at = reprlib.repr(sorted(specs.keys() ^ set(names)))
+        raise BlockContractError(path, f"inputs and outputs differ from the contract at {names_at}")
     wrong = [spec.name for spec in specs.values() if not has_factor_shape(spec)]
     if wrong:
         raise BlockContractError(path, f"'{wrong[0]}' has no shape of a low-rank factor")
@@ -243,6 +265,10 @@ def _check_nodes(path: Path, model: onnx.ModelProto) -> None:
         raise BlockContractError(path, f"it defines its own functions {sorted(functions)}")
     if model.graph.sparse_initializer:
         raise BlockContractError(path, "it has sparse weights")
+    if model.training_info:
+        raise BlockContractError(path, "it has graphs for training")
+    if any(f.attribute_proto for f in model.functions):
+        raise BlockContractError(path, "its functions have attributes of their own")
     nodes = [*model.graph.node, *(node for f in model.functions for node in f.node)]
     for node in nodes:
         if node.domain not in ("", "ai.onnx") and (node.domain, node.op_type) != (
@@ -255,6 +281,8 @@ def _check_nodes(path: Path, model: onnx.ModelProto) -> None:
         for attribute in node.attribute:
             if attribute.HasField("g") or attribute.graphs:
                 raise BlockContractError(path, f"node '{node.name}' has a subgraph")
+            if attribute.HasField("sparse_tensor") or attribute.sparse_tensors:
+                raise BlockContractError(path, f"node '{node.name}' has a sparse tensor")
             tensors = [attribute.t, *attribute.tensors]
             if any(t.data_location == onnx.TensorProto.EXTERNAL for t in tensors):
                 raise BlockContractError(path, f"node '{node.name}' refers to external data")

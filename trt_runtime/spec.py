@@ -138,7 +138,9 @@ class BuildSpec:
             )
         targets = tuple(sorted(set(self.targets), key=lambda sm: (len(sm), sm)))
         known = RTX_TARGETS if self.backend == "tensorrt_rtx" else None
-        bad = [t for t in targets if not (t in known if known else re.fullmatch(r"sm\d{2,3}", t))]
+        bad = [
+            t for t in targets if not (t in known if known else re.fullmatch(r"sm[0-9]{2,3}", t))
+        ]
         if bad or not targets:
             raise BuildSpecError(
                 f"Target '{bad[0] if bad else ''}' is unknown to {self.backend}",

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+MAX_QUOTED = 600
+
+
+def shortened(text: str) -> str:
+    """Cut a text that quotes a file, which may hold names of megabytes, to what can be shown."""
+    return text if len(text) <= MAX_QUOTED else f"{text[:MAX_QUOTED]}..."
+
 
 class QuantError(Exception):
     """Root of every error that quantization and export raise on purpose."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import QuantError
+from . import QuantError, shortened
 
 OTHER_SAMPLES = "Connect other pictures or prompts to 'FLUX Calibration Samples'."
 """What to do about samples that overflow in the model."""
@@ -33,9 +33,9 @@ class CalibrationFileError(QuantError):
     """
 
     def __init__(self, name: str, reason: str) -> None:
-        self.name, self.reason = name, reason
+        self.name, self.reason = name, shortened(reason)
         super().__init__(
-            f"'{name}' holds no usable calibration samples: {reason}. "
+            f"'{name}' holds no usable calibration samples: {self.reason}. "
             "Save them again in 'FLUX Calibration Samples'."
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import QuantError
+from . import QuantError, shortened
 
 
 class QuantizedCheckpointError(QuantError):
@@ -14,9 +14,9 @@ class QuantizedCheckpointError(QuantError):
     """
 
     def __init__(self, name: str, reason: str) -> None:
-        self.name, self.reason = name, reason
+        self.name, self.reason = name, shortened(reason)
         super().__init__(
-            f"'{name}' is not a usable FP4 checkpoint: {reason}. "
+            f"'{name}' is not a usable FP4 checkpoint: {self.reason}. "
             "Make it again with 'Quantize FLUX to FP4'."
         )
 

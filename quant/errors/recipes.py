@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import QuantError
+from . import QuantError, shortened
 
 
 class RecipeError(QuantError):
@@ -14,9 +14,9 @@ class RecipeError(QuantError):
     """
 
     def __init__(self, name: str, reason: str) -> None:
-        self.name, self.reason = name, reason
+        self.name, self.reason = name, shortened(reason)
         super().__init__(
-            f"Recipe '{name}' cannot be used: {reason}. "
+            f"Recipe {name!r} cannot be used: {self.reason}. "
             "Correct the file or choose another recipe in 'Quantize FLUX to FP4'."
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from . import QuantError
+from . import QuantError, shortened
 
 
 class UnknownCheckpointError(QuantError):
@@ -24,14 +24,15 @@ class UnknownCheckpointError(QuantError):
         missing: Sequence[str] = (),
         next_step: str = "Choose a FLUX diffusion model in 'Quantize FLUX to FP4'.",
     ) -> None:
-        self.name, self.reason, self.missing = name, reason, tuple(missing)
+        self.name, self.reason, self.missing = name, shortened(reason), tuple(missing)
         self.next_step = next_step
         lacks = ""
         if missing:
-            first = ", ".join(f"'{tensor}'" for tensor in self.missing[:3])
+            first = shortened(", ".join(f"'{tensor}'" for tensor in self.missing[:3]))
             lacks = f" It lacks {len(missing)} FLUX tensors (first: {first})."
         super().__init__(
-            f"'{name}' is no FLUX transformer that can be quantized: {reason}.{lacks} {next_step}"
+            f"'{name}' is no FLUX transformer that can be quantized: {self.reason}.{lacks} "
+            f"{next_step}"
         )
 
 
@@ -50,8 +51,8 @@ class DamagedCheckpointError(QuantError):
         reason: str,
         next_step: str = "Get the file anew, or choose another one in 'Quantize FLUX to FP4'.",
     ) -> None:
-        self.name, self.reason, self.next_step = name, reason, next_step
-        super().__init__(f"'{name}' cannot be read: {reason}. {next_step}")
+        self.name, self.reason, self.next_step = name, shortened(reason), next_step
+        super().__init__(f"'{name}' cannot be read: {self.reason}. {next_step}")
 
 
 class UnsupportedWeightError(QuantError):
@@ -66,7 +67,7 @@ class UnsupportedWeightError(QuantError):
     def __init__(self, linear: str, found: str, limit: str) -> None:
         self.linear, self.found, self.limit = linear, found, limit
         super().__init__(
-            f"Cannot quantize '{linear}' to NVFP4: {found}; {limit}. "
+            f"Cannot quantize '{shortened(linear)}' to NVFP4: {shortened(found)}; {limit}. "
             "Choose a checkpoint with bf16, fp16 or fp32 weights of FLUX's own sizes."
         )
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 _FLUX1_VARIANTS = {
     16: "flux1",
@@ -68,6 +68,10 @@ _FLUX2 = _Family(
 ComfyUI as above."""
 
 
+_Size = Annotated[int, Field(ge=1, le=1 << 20)]
+_Depth = Annotated[int, Field(ge=0, le=9999)]
+
+
 class FluxConfig(BaseModel):
     """Sizes of a FLUX transformer, most of them in the names of ComfyUI's ``FluxParams``.
 
@@ -98,28 +102,35 @@ class FluxConfig(BaseModel):
         ref_index_scale: Distance of reference latents along axis 0.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    in_channels: int
-    out_channels: int
-    vec_in_dim: int | None
-    context_in_dim: int
-    hidden_size: int
-    mlp_ratio: float
-    num_heads: int
-    depth: int
-    depth_single_blocks: int
-    axes_dim: tuple[int, ...]
-    theta: int
-    patch_size: int
+    in_channels: _Size
+    out_channels: _Size
+    vec_in_dim: _Size | None
+    context_in_dim: _Size
+    hidden_size: _Size
+    mlp_ratio: float = Field(gt=0, le=16)
+    num_heads: _Size
+    depth: _Depth
+    depth_single_blocks: _Depth
+    axes_dim: tuple[_Size, ...] = Field(min_length=1, max_length=8)
+    theta: int = Field(ge=1, le=1 << 31)
+    patch_size: int = Field(ge=1, le=16)
     qkv_bias: bool
     guidance_embed: bool
     shared_modulation: bool = False
     gated_mlp: bool = False
     bias: bool = True
-    txt_ids_dims: tuple[int, ...] = ()
-    default_ref_method: str = "offset"
+    txt_ids_dims: tuple[Annotated[int, Field(ge=0, le=7)], ...] = Field(default=(), max_length=8)
+    default_ref_method: str = Field(default="offset", max_length=100)
     ref_index_scale: float = 1.0
+
+    @model_validator(mode="after")
+    def _heads_fill_the_width(self) -> FluxConfig:
+        if self.hidden_size != self.num_heads * sum(self.axes_dim):
+            heads = f"{self.num_heads} heads of {sum(self.axes_dim)} channels"
+            raise ValueError(f"{heads} do not make a hidden size of {self.hidden_size}")
+        return self
 
     @property
     def head_dim(self) -> int:
@@ -188,6 +199,41 @@ def block_linears(block: str) -> tuple[str, ...]:
         layers = ("attn.qkv", "attn.proj", "mlp.0", "mlp.2")
         return tuple(f"{stream}_{layer}" for stream in ("img", "txt") for layer in layers)
     return ("linear1", "linear2")
+
+
+def plan_shapes(config: FluxConfig, block: str) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of a block that belongs to its plan, before quantization.
+
+    Args:
+        config: Of the transformer.
+        block: For example ``double_blocks.0``.
+
+    Returns:
+        Shape by name relative to the block.
+    """
+    width, mlp, mlp_in = config.hidden_size, config.mlp_size, config.mlp_in_size
+    if block.startswith("double_blocks."):
+        streams: tuple[str, ...] = ("img_", "txt_")
+        linears = {
+            "attn.qkv": (3 * width, width),
+            "attn.proj": (width, width),
+            "mlp.0": (mlp_in, width),
+            "mlp.2": (width, mlp),
+        }
+        norm = "attn.norm"
+    else:
+        streams = ("",)
+        linears = {"linear1": (3 * width + mlp_in, width), "linear2": (width, width + mlp)}
+        norm = "norm"
+    shapes: dict[str, tuple[int, ...]] = {}
+    for stream in streams:
+        for linear, shape in linears.items():
+            shapes[f"{stream}{linear}.weight"] = shape
+            if config.qkv_bias if linear == "attn.qkv" else config.bias:
+                shapes[f"{stream}{linear}.bias"] = shape[:1]
+        for part in ("query_norm", "key_norm"):
+            shapes[f"{stream}{norm}.{part}.scale"] = (config.head_dim,)
+    return shapes
 
 
 def config_from_shapes(shapes: Mapping[str, Sequence[int]]) -> FluxConfig:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import onnx
 import onnx_ir as ir
+from google.protobuf.message import DecodeError
 
 from ..errors.export import OnnxExportMissingError
 from ..progress import Progress
@@ -75,7 +76,10 @@ def exported_blocks(checkpoint: Path) -> tuple[Path, ...]:
             path = onnx_path(checkpoint, block, variant)
             if not path.is_file():
                 raise OnnxExportMissingError(header.name, f"'{path.name}' is missing")
-            model = onnx.load(path, load_external_data=False)
+            try:
+                model = onnx.load(path, load_external_data=False)
+            except DecodeError as error:
+                raise OnnxExportMissingError(header.name, f"'{path.name}' is damaged") from error
             found = {entry.key: entry.value for entry in model.metadata_props}
             if found != contract_metadata(header, block, variant):
                 raise OnnxExportMissingError(header.name, f"'{path.name}' is of another checkpoint")

@@ -22,6 +22,9 @@ INDEX_SUFFIX = ".safetensors.index.json"
 _MAX_INDEX_BYTES = 4 * 2**20
 """FLUX.1's index has 0.1 MB."""
 
+_MAX_NAME_BYTES = 255
+"""Of a file name, on every usual file system; the system's answer to a longer one is an error."""
+
 _PLAIN_NAME = re.compile(r"[^<>:\"/\\|?*\x00-\x1f]+\.safetensors")
 """One file name, without what separates folders or names drives and streams on any system."""
 
@@ -54,7 +57,8 @@ def read_index(path: Path) -> Mapping[str, str]:
 
 
 def _check_shard(index: Path, shard: str) -> None:
-    if not _PLAIN_NAME.fullmatch(shard):
+    size = len(shard.encode("utf-8", "surrogatepass"))
+    if not _PLAIN_NAME.fullmatch(shard) or size > _MAX_NAME_BYTES:
         reason = f"the index names {shard[:200]!r}, which is not a safetensors file beside it"
         raise DamagedCheckpointError(index.name, reason, "Get the index anew from its source.")
     file = index.parent / shard

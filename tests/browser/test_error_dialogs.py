@@ -155,7 +155,13 @@ def report(
     # otherwise the first start opens the template browser over the graph
     client.post("/settings", {"Comfy.TutorialCompleted": True})
     done = subprocess.run(
-        ["node", "show_errors.mjs", client.url, str(SCREENSHOTS), str(file)],
+        [
+            shutil.which("node") or "node",
+            "show_errors.mjs",
+            client.url,
+            str(SCREENSHOTS),
+            str(file),
+        ],
         cwd=HERE,
         capture_output=True,
         text=True,

@@ -23,7 +23,7 @@ def synthetic_metadata(
         velocity_sqnr_db=None,
         source_name="random",
         source_layout="bfl",
-        source_bytes=0,
+        source_bytes=1,
         source_digest="",
         content_digest=content_digest,
         linears=(),

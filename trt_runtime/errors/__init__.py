@@ -4,6 +4,12 @@ from __future__ import annotations
 
 BUILD_NODE = "'Build TensorRT Engine'"
 EXPORT_NODE = "'Export FLUX FP4 to ONNX'"
+MAX_QUOTED = 600
+
+
+def shortened(text: str) -> str:
+    """Cut a text that quotes a file, which may hold names of megabytes, to what can be shown."""
+    return text if len(text) <= MAX_QUOTED else f"{text[:MAX_QUOTED]}..."
 
 
 class EngineError(Exception):

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import EXPORT_NODE, EngineError
+from . import EXPORT_NODE, EngineError, shortened
 
 
 class BlockContractError(EngineError):
     """An ONNX file that is not a block this runtime can trust."""
 
     def __init__(self, path: Path, problem: str) -> None:
-        self.path, self.problem = path, problem
+        # it quotes the file, which may hold names of megabytes
+        self.path, self.problem = path, shortened(problem)
         super().__init__(
-            f"'{path.name}' is not a usable block ONNX: {problem}. "
+            f"'{path.name}' is not a usable block ONNX: {self.problem}. "
             f"Export it again with {EXPORT_NODE}."
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import BUILD_NODE, EngineError
+from . import BUILD_NODE, EngineError, shortened
 
 
 class ManifestMissingError(EngineError):
@@ -25,9 +25,9 @@ class ManifestInvalidError(EngineError):
     """A manifest with a field that is not allowed."""
 
     def __init__(self, path: Path, field: str, problem: str) -> None:
-        self.path, self.field, self.problem = path, field, problem
+        self.path, self.field, self.problem = path, shortened(field), shortened(problem)
         super().__init__(
-            f"'{path.parent.name}/{path.name}' is refused: field '{field}': {problem}. "
+            f"'{path.parent.name}/{path.name}' is refused: field '{self.field}': {self.problem}. "
             f"Was this engine built on this machine? Build it again with {BUILD_NODE}."
         )
 
