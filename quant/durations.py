@@ -22,6 +22,10 @@ FINISH = "writing what is outside of blocks"
 """Its units are bytes."""
 
 
+IN_BLOCKS = ("double_blocks.", "single_blocks.")
+"""What the names of a block's tensors start with."""
+
+
 def block_kind(block: str) -> str:
     """Return ``double`` or ``single``."""
     return block.split("_", 1)[0]
@@ -32,6 +36,15 @@ def block_weights(source: FluxSource, block: str) -> int:
     start = f"{block}."
     shapes = (shape for name, shape in source.shapes.items() if name.startswith(start))
     return sum(torch.Size(shape).numel() for shape in shapes)
+
+
+def bytes_outside(source: FluxSource) -> int:
+    """Count the bytes of a checkpoint's tensors that are in no block, as `FINISH` does."""
+    return sum(
+        torch.Size(shape).numel() * source.dtype(name).itemsize
+        for name, shape in source.shapes.items()
+        if not name.startswith(IN_BLOCKS)
+    )
 
 
 def quantize_work(

@@ -15,7 +15,7 @@ from .block_writing import BlockWork, block_reports, write_blocks, write_kept
 from .calibration import CalibrationSet
 from .checkpoint_layout import Layout, checkpoint_layout
 from .checkpoint_writer import CheckpointWriter
-from .durations import FINISH
+from .durations import FINISH, IN_BLOCKS, bytes_outside
 from .errors import NoiseCheckpointError
 from .flux.config import block_linears
 from .progress import Progress, Record, unrecorded
@@ -87,9 +87,9 @@ def quantize_checkpoint(
         write_blocks(blocks, work, layout, writer, progress, record)
         progress("Copying high-precision tensors", len(blocks), len(blocks))
         finishing = time.monotonic()
-        written = _write_rest(work, layout, writer)
+        _write_rest(work, layout, writer)
         writer.finish(_metadata(work, calibration, writer))
-        record(FINISH, written, time.monotonic() - finishing)
+        record(FINISH, bytes_outside(source), time.monotonic() - finishing)
     seconds = time.monotonic() - started
     logger.info("Quantized %s to %s in %.1f s", source.name, destination.name, seconds)
     return QuantizedCheckpoint.read(destination)
@@ -108,16 +108,10 @@ def _job(work: BlockWork, calibration: CalibrationSet) -> str:
     )
 
 
-def _write_rest(work: BlockWork, layout: Layout, writer: CheckpointWriter) -> int:
-    """Write what is in no block; return its bytes."""
-    in_blocks = ("double_blocks.", "single_blocks.")
-    written = 0
+def _write_rest(work: BlockWork, layout: Layout, writer: CheckpointWriter) -> None:
     for name in work.source.shapes:
-        if not name.startswith(in_blocks):
-            tensors = work.source.tensors([name])
-            write_kept(tensors, work, layout, writer)
-            written += tensors[name].nbytes
-    return written
+        if not name.startswith(IN_BLOCKS):
+            write_kept(work.source.tensors([name]), work, layout, writer)
 
 
 def _recipe_formats(source: FluxSource, options: QuantizeOptions) -> dict[str, Format]:

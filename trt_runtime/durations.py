@@ -22,6 +22,10 @@ is never narrower. Medians of five runs of a block differed by 1.2 (docs/benchma
 OTHER_SIZE_FACTOR = 1.5
 """On top of it where only blocks of other sizes have run: time does not quite grow with units."""
 
+FIXED_BYTES = {"double": 120e6, "single": 60e6}
+"""Weights that take as long to build in as all else of a plan, on TensorRT-RTX 1.7: plans of
+FLUX.1's width took 1.9 to 2.4 times as long as those of a twelfth of it (docs/benchmarks.md)."""
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -71,6 +75,16 @@ def estimate(runs: Sequence[Run], units: float) -> Estimate | None:
         return Estimate(seconds[0] / factor, seconds[0] * factor)
     low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
     return Estimate(min(low, median / factor), max(high, median * factor))
+
+
+def estimate_plan(runs: Sequence[Run], block: str, weight_bytes: float) -> Estimate | None:
+    """Estimate the build of a plan; as ``estimate``, but other sizes count by `FIXED_BYTES`."""
+    fixed = FIXED_BYTES[block.split("_", 1)[0]]
+    same = [run for run in runs if 1 / SAME_SIZE < run.units / weight_bytes < SAME_SIZE]
+    if same:
+        return estimate(same, weight_bytes)
+    shifted = [Run(run.units + fixed, run.seconds) for run in runs]
+    return estimate(shifted, weight_bytes + fixed)
 
 
 def build_work(
