@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 class Preflight(io.ComfyNode):
     """Says what quantizing a FLUX checkpoint and building its engine will take on this machine,
-    before hours and gigabytes are spent: disk and memory of every stage, whether the GPU fits the
-    recipe, and what would stop the work. Nothing is written."""
+    before hours and gigabytes are spent: time, disk and memory of every stage, whether the GPU fits
+    the recipe, and what would stop the work. Nothing is written."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
