@@ -17,7 +17,7 @@ SAME_SIZE = 1.25
 
 MACHINE_FACTOR = 1.3
 """By how much the same work differs between runs on a machine that does little else; an estimate
-is never narrower. Medians of five runs of a block differed by 1.2 (docs/benchmarks.md)."""
+is never narrower. Two rounds of the same builds differed by 1.2 (docs/benchmarks.md)."""
 
 OTHER_SIZE_FACTOR = 1.5
 """On top of it where only blocks of other sizes have run: time does not quite grow with units."""
