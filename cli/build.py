@@ -6,7 +6,7 @@ import argparse
 import math
 
 from ..trt_runtime.targets import TARGETS, build_spec
-from .folders import existing_checkpoint, model_folders
+from .folders import existing_checkpoint, model_folders, run_history
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,10 +35,11 @@ def run(chosen: argparse.Namespace) -> int:
     from ..trt_runtime.summary import engine_summary
     from .progress import CommandProgress
 
-    checkpoint = existing_checkpoint(model_folders(chosen.models), chosen.checkpoint)
+    folders = model_folders(chosen.models)
+    checkpoint = existing_checkpoint(folders, chosen.checkpoint)
     spec = build_spec(chosen.target, chosen.megapixels, chosen.batch, chosen.text_tokens)
-    with CommandProgress() as progress:
-        manifest = build_engine(checkpoint.parent, spec, progress, chosen.workers)
+    with CommandProgress() as progress, run_history(folders).recording() as record:
+        manifest = build_engine(checkpoint.parent, spec, progress, chosen.workers, record)
     print(engine_summary(f"{chosen.checkpoint}/{spec.folder_name}", manifest))
     return 0
 

@@ -34,6 +34,7 @@ def run(chosen: argparse.Namespace) -> int:
         "disk": probed(partial(model_probes.disk, chosen.models)),
         "models": probed(partial(model_probes.models, chosen.models)),
         "machines": probed(partial(model_probes.machines, chosen.models)),
+        "durations": probed(partial(model_probes.durations, chosen.models)),
         "leftovers": probed(partial(model_probes.leftovers, chosen.models)),
     }
     for name, child in children.items():

@@ -44,3 +44,14 @@ class OptionError(CommandError):
     def __init__(self, option: str, problem: str) -> None:
         self.option, self.problem = option, problem
         super().__init__(f"Option {option} cannot be used: {problem}. See --help of the command.")
+
+
+class OutdatedEngineError(CommandError):
+    """The checkpoint of an engine was quantized again after the build."""
+
+    def __init__(self, engine: str) -> None:
+        self.engine = engine
+        super().__init__(
+            f"Engine {engine!r} was built before its checkpoint was quantized again. Run the "
+            "commands `export` and `build` again."
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .folders import existing_checkpoint, model_folders
+from .folders import existing_checkpoint, model_folders, run_history
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,13 +19,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(chosen: argparse.Namespace) -> int:
     """Write the ONNX files beside the checkpoint."""
-    checkpoint = existing_checkpoint(model_folders(chosen.models), chosen.checkpoint)
+    folders = model_folders(chosen.models)
+    checkpoint = existing_checkpoint(folders, chosen.checkpoint)
 
     from ..quant.onnx_export import export_blocks, export_transformer
     from .progress import CommandProgress
 
-    with CommandProgress() as progress:
-        files = export_blocks(checkpoint, progress)
+    with CommandProgress() as progress, run_history(folders).recording() as record:
+        files = export_blocks(checkpoint, progress, record)
         if chosen.whole_transformer:
             files = (*files, export_transformer(checkpoint, progress))
     print(f"{chosen.checkpoint}: {len(files)} ONNX files in '{checkpoint.parent}'")

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..quant.model_folders import ModelFolders, name_fault
 from .errors import ModelsFolderError, NameRefusedError, NotFoundError
+
+if TYPE_CHECKING:
+    from ..trt_runtime.run_history import RunHistory
 
 PACK = Path(__file__).absolute().parents[1]
 
@@ -32,6 +36,14 @@ def model_folders(models: Path | None) -> ModelFolders:
     elif not models.is_dir():
         raise ModelsFolderError(f"'{models}' is no folder")
     return ModelFolders([models.absolute()])
+
+
+def run_history(folders: ModelFolders) -> RunHistory:
+    """Return how long the stages took on this machine."""
+    from ..trt_runtime.backend import probe_gpu
+    from ..trt_runtime.run_history import RunHistory, machine_identity
+
+    return RunHistory(folders.durations, machine_identity(probe_gpu().name))
 
 
 def existing_checkpoint(folders: ModelFolders, name: str) -> Path:

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .folders import model_folders
+from .folders import model_folders, run_history
 
 
 def disk(models: Path | None) -> dict[str, Any]:
@@ -47,6 +47,12 @@ def machines(models: Path | None) -> list[dict[str, Any]]:
                 }
             )
     return found
+
+
+def durations(models: Path | None) -> dict[str, Any]:
+    """Tell how many runs of which work are known of this machine, for estimates."""
+    history = run_history(model_folders(models))
+    return {"machine": history.machine, "runs": history.kinds}
 
 
 def leftovers(models: Path | None) -> list[str]:

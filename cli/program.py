@@ -23,6 +23,7 @@ COMMANDS = {
     "quantize": ("quantize", "quantize a FLUX checkpoint"),
     "export": ("export", "write the ONNX files of a quantized checkpoint"),
     "build": ("build", "build an engine from the ONNX files of a quantized checkpoint"),
+    "bench": ("bench", "measure an engine on this machine, beside bf16 in PyTorch"),
     "verify": ("verify", "check every digest of an engine"),
     "gc": ("collect", "show what is not needed, and delete it on request"),
     "probe": ("native_probes", ""),

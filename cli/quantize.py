@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import OptionError
-from .folders import model_folders, new_checkpoint
+from .folders import model_folders, new_checkpoint, run_history
 
 if TYPE_CHECKING:
     from ..quant.model_folders import ModelFolders
@@ -57,9 +57,16 @@ def run(chosen: argparse.Namespace) -> int:
     source, samples = open_source(chosen.source), load_samples(chosen.samples)
     quantized = up_to_date_checkpoint(source, destination, options, samples.digest())
     if quantized is None:
-        with CommandProgress() as progress:
+        with CommandProgress() as progress, run_history(folders).recording() as record:
             quantized = quantize_checkpoint(
-                source, destination, samples, options, folders.statistics, progress, device
+                source,
+                destination,
+                samples,
+                options,
+                folders.statistics,
+                progress,
+                device,
+                record=record,
             )
     print(quantized_summary(quantized))
     return 0

@@ -94,6 +94,11 @@ def statistics_folder() -> Path:
     return _folders().statistics
 
 
+def durations_folder() -> Path:
+    """Return the folder that tells how long the stages took on each machine."""
+    return _folders().durations
+
+
 def quantized_checkpoints() -> list[str]:
     """List the names of all quantized checkpoints."""
     return _folders().checkpoints()

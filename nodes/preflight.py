@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import comfy.model_management
 from comfy_api.latest import io, ui
 
-from ..trt_runtime.targets import TARGETS
+from ..trt_runtime.targets import TARGETS, build_spec
 from . import paths
 from .build import TARGET
 from .errors import PreflightError
@@ -22,12 +22,13 @@ if TYPE_CHECKING:
     from ..quant.needs import Needs
     from ..quant.recipe import QuantizeOptions
     from ..quant.sources.source import FluxSource
+    from .progress import NodeProgress
 
 
 class Preflight(io.ComfyNode):
     """Says what quantizing a FLUX checkpoint and building its engine will take on this machine,
-    before hours and gigabytes are spent: disk and memory of every stage, whether the GPU fits the
-    recipe, and what would stop the work. Nothing is written."""
+    before hours and gigabytes are spent: time, disk and memory of every stage, whether the GPU fits
+    the recipe, and what would stop the work. Nothing is written."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -67,7 +68,9 @@ class Preflight(io.ComfyNode):
         source = open_source(paths.source_checkpoint(checkpoint))
         options = options_from(recipe, fp8_attention, **advanced)
         text = report(source, options, target, paths.new_checkpoint(name).parent)
-        NodeProgress(cls.hidden.unique_id).show(text)
+        progress = NodeProgress(cls.hidden.unique_id)
+        text += "\n" + "\n".join(stage_seconds(source, options, target, progress))
+        progress.show(text)
         return io.NodeOutput(text, ui=ui.PreviewText(text))
 
 
@@ -123,6 +126,21 @@ def report(source: FluxSource, options: QuantizeOptions, target: str, folder: Pa
     found = problems(source, options, target, folder, needs)
     lines += [f"PROBLEM: {problem}" for problem in found] or ["Nothing stands in the way."]
     return "\n".join(lines)
+
+
+def stage_seconds(
+    source: FluxSource, options: QuantizeOptions, target: str, progress: NodeProgress
+) -> list[str]:
+    """Return how long each stage will take, as sentences."""
+    from ..quant.needs import needs_of
+    from .estimates import Work, stage_lines
+    from .stages import run_history
+
+    # the sizes of the largest pictures change what plans need, not what building them takes
+    spec = build_spec(target, 2.0, 1, 512)
+    device = str(comfy.model_management.get_torch_device())
+    work = Work(source, options, needs_of(source, options), spec, device)
+    return stage_lines(work, run_history(), progress)
 
 
 def _worker_bytes(needs: Needs) -> int:

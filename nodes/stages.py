@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..quant.recipe import QuantizeOptions
     from ..quant.sources.source import FluxSource
     from ..trt_runtime.manifest import EngineManifest
+    from ..trt_runtime.run_history import RunHistory
     from ..trt_runtime.spec import BuildSpec
     from .engine_model import EngineOptions
     from .engine_patcher import EnginePatcher
@@ -42,16 +43,25 @@ def quantize(
     device = comfy.model_management.get_torch_device()
     comfy.model_management.free_memory(QUANTIZE_BYTES, device)
     statistics = paths.statistics_folder()
-    return quantize_checkpoint(
-        source, destination, calibration, options, statistics, progress, str(device)
-    )
+    with run_history().recording() as record:
+        return quantize_checkpoint(
+            source,
+            destination,
+            calibration,
+            options,
+            statistics,
+            progress,
+            str(device),
+            record=record,
+        )
 
 
 def export(checkpoint: Path, progress: NodeProgress) -> tuple[Path, ...]:
     """Write or refresh the ONNX files beside a quantized checkpoint."""
     from ..quant.onnx_export import export_blocks
 
-    return export_blocks(checkpoint, progress)
+    with run_history().recording() as record:
+        return export_blocks(checkpoint, progress, record)
 
 
 def export_transformer(checkpoint: Path, progress: NodeProgress) -> Path:
@@ -67,8 +77,18 @@ def build(
     """Build what is missing of an engine; return its folder and manifest."""
     from ..trt_runtime.builder import build_engine
 
-    manifest = build_engine(checkpoint.parent, spec, progress, workers)
+    with run_history().recording() as record:
+        manifest = build_engine(checkpoint.parent, spec, progress, workers, record)
     return checkpoint.parent / spec.folder_name, manifest
+
+
+def run_history() -> RunHistory:
+    """Return how long the stages took on this machine."""
+    from ..trt_runtime.backend import probe_gpu
+    from ..trt_runtime.run_history import RunHistory, machine_identity
+
+    gpu = probe_gpu(comfy.model_management.get_torch_device()).name
+    return RunHistory(paths.durations_folder(), machine_identity(gpu))
 
 
 def load(engine: Path, backend: str, options: EngineOptions) -> EnginePatcher:

@@ -9,16 +9,18 @@ measured total.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from .block_quantizer import attention_scales, update_sqnr_db
+from .durations import block_weights, measure_work
 from .errors.recipes import FormatBudgetError
 from .flux.config import block_linears
 from .linear_quantizer import quantize_linear
-from .progress import Progress
+from .progress import Progress, Record, unrecorded
 from .recipe import Format, FormatBudget, QuantizeOptions
 from .sources.source import FluxSource
 from .stack import block_statistics, block_with_weights
@@ -70,6 +72,7 @@ def choose_formats(
     progress: Progress,
     device: str,
     dtype: torch.dtype,
+    record: Record = unrecorded,
 ) -> dict[str, Format]:
     """Measure every Linear and choose its format.
 
@@ -81,6 +84,7 @@ def choose_formats(
         progress: Called before each block; may raise to cancel.
         device: Where to compute.
         dtype: Type to compute in.
+        record: Told how long each block took.
 
     Returns:
         Format by full name of the Linear.
@@ -94,7 +98,10 @@ def choose_formats(
     names = source.config.block_names
     for done, name in enumerate(names):
         progress(f"Measuring {name}", done, len(names))
+        started = time.monotonic()
         blocks[name], fixed[name] = _measured(name, source, folder, options, device, dtype)
+        seconds = time.monotonic() - started
+        record(measure_work(name, device), block_weights(source, name), seconds)
     return formats_within(budget, blocks, fixed, start)
 
 

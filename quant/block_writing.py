@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,9 +13,10 @@ from torch import Tensor
 from .block_quantizer import quantize_block
 from .checkpoint_layout import Layout, is_stored_quantized
 from .checkpoint_writer import CheckpointWriter
+from .durations import block_weights, quantize_work
 from .flux.config import block_linears
 from .modulation import stored_modulation
-from .progress import Progress
+from .progress import Progress, Record, unrecorded
 from .quantized_checkpoint import BlockReport, LinearReport
 from .recipe import Format, QuantizeOptions
 from .sources.source import FluxSource
@@ -49,6 +51,7 @@ def write_blocks(
     layout: Layout,
     writer: CheckpointWriter,
     progress: Progress,
+    record: Record = unrecorded,
 ) -> None:
     """Quantize blocks that the writer has not finished yet, one in memory at a time.
 
@@ -59,6 +62,7 @@ def write_blocks(
             changed blocks.
         writer: Takes the tensors; each block is a part of its own.
         progress: Called before each block and at least once per Linear; may raise to cancel.
+        record: Told how long each block took.
     """
     for done, name in enumerate(blocks):
         if name in writer.finished:
@@ -66,7 +70,11 @@ def write_blocks(
             continue
         heartbeat = partial(progress, f"Quantizing {name}", done, len(blocks))
         heartbeat()
+        started = time.monotonic()
         writer.finish_part(name, _write_block(name, work, layout, writer, heartbeat))
+        formats = [work.formats[f"{name}.{linear}"] for linear in block_linears(name)]
+        kind = quantize_work(name, formats, work.options, work.device)
+        record(kind, block_weights(work.source, name), time.monotonic() - started)
 
 
 def _write_block(

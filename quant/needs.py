@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -35,15 +36,20 @@ class Needs:
             Recipe `auto` decides between formats later and may need more.
         statistics: Of the calibration statistics, about.
         plans: Of all plans for one target, about.
-        largest_plan: Of the weights in the largest of them.
+        block_plans: Of the weights in the plan of each block.
         memory: Main memory while a block is quantized, about.
     """
 
     checkpoint: int
     statistics: int
     plans: int
-    largest_plan: int
+    block_plans: Mapping[str, int]
     memory: int
+
+    @property
+    def largest_plan(self) -> int:
+        """Of the weights in the largest plan."""
+        return max(self.block_plans.values())
 
     @property
     def disk(self) -> int:
@@ -69,7 +75,7 @@ def needs_of(source: FluxSource, options: QuantizeOptions) -> Needs:
         checkpoint=_bytes(layout),
         statistics=sum(_statistics_bytes(source, linear) for linear in linears),
         plans=round(PLAN_OVERHEAD * _bytes(in_plans)),
-        largest_plan=max(_bytes(block) for block in by_block.values()),
+        block_plans={name: _bytes(block) for name, block in by_block.items()},
         memory=_memory_bytes(source, linears, options),
     )
 

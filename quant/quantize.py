@@ -15,9 +15,10 @@ from .block_writing import BlockWork, block_reports, write_blocks, write_kept
 from .calibration import CalibrationSet
 from .checkpoint_layout import Layout, checkpoint_layout
 from .checkpoint_writer import CheckpointWriter
+from .durations import FINISH, IN_BLOCKS, bytes_outside
 from .errors.sources import NoiseCheckpointError
 from .flux.config import block_linears
-from .progress import Progress
+from .progress import Progress, Record, unrecorded
 from .quantized_checkpoint import QuantizedCheckpoint, QuantizedMetadata, finite_or_limit
 from .recipe import Format, QuantizeOptions
 from .sources.source import FluxSource
@@ -37,6 +38,7 @@ def quantize_checkpoint(
     progress: Progress,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
+    record: Record = unrecorded,
 ) -> QuantizedCheckpoint:
     """Quantize a FLUX transformer.
 
@@ -52,6 +54,7 @@ def quantize_checkpoint(
         progress: Called before and after each block, and between samples; may raise to cancel.
         device: Where to compute.
         dtype: Type to compute in; None takes ``compute_dtype(device)``.
+        record: Told how long each block took.
 
     Returns:
         The header of the written file.
@@ -73,18 +76,20 @@ def quantize_checkpoint(
     formats = _recipe_formats(source, options)
     # minutes of calibration later would be too late to find out
     CheckpointWriter(destination, checkpoint_layout(source, formats, options), "").check_disk()
-    collect_statistics(source, calibration, folder, progress, device, dtype)
+    collect_statistics(source, calibration, folder, progress, device, dtype, record)
     _check_predicts(source, folder)
     if options.recipe.auto is not None:
-        formats = choose_formats(source, folder, options, formats, progress, device, dtype)
+        formats = choose_formats(source, folder, options, formats, progress, device, dtype, record)
     work = BlockWork(source, options, folder, formats, device, dtype)
     layout = checkpoint_layout(source, formats, options)
     blocks = source.config.block_names
     with CheckpointWriter(destination, layout, _job(work, calibration)) as writer:
-        write_blocks(blocks, work, layout, writer, progress)
+        write_blocks(blocks, work, layout, writer, progress, record)
         progress("Copying high-precision tensors", len(blocks), len(blocks))
+        finishing = time.monotonic()
         _write_rest(work, layout, writer)
         writer.finish(_metadata(work, calibration, writer))
+        record(FINISH, bytes_outside(source), time.monotonic() - finishing)
     seconds = time.monotonic() - started
     logger.info("Quantized %s to %s in %.1f s", source.name, destination.name, seconds)
     return QuantizedCheckpoint.read(destination)
@@ -104,9 +109,8 @@ def _job(work: BlockWork, calibration: CalibrationSet) -> str:
 
 
 def _write_rest(work: BlockWork, layout: Layout, writer: CheckpointWriter) -> None:
-    in_blocks = ("double_blocks.", "single_blocks.")
     for name in work.source.shapes:
-        if not name.startswith(in_blocks):
+        if not name.startswith(IN_BLOCKS):
             write_kept(work.source.tensors([name]), work, layout, writer)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .calibration import CalibrationSet, SampleState, embedded_samples
+from .durations import block_operations, block_weights, calibrate_work
 from .errors.calibration import OTHER_SAMPLES, NotFiniteError
 from .flux.blocks import (
     DoubleStreamBlock,
@@ -22,7 +24,7 @@ from .flux.blocks import (
 from .flux.config import FluxConfig, block_linears
 from .flux.model import Embedders, LastLayer
 from .nvfp4 import finite_amax
-from .progress import Progress
+from .progress import Progress, Record, unrecorded
 from .sqnr import SQNR
 from .statistics import BlockObserver, BlockStatistics, probe_states
 from .statistics_files import StatisticsFolder
@@ -101,6 +103,7 @@ def collect_statistics(
     progress: Progress,
     device: str,
     dtype: torch.dtype,
+    record: Record = unrecorded,
 ) -> None:
     """Make the statistics of every block that has none yet.
 
@@ -115,6 +118,7 @@ def collect_statistics(
             the blocks that are done.
         device: Where to compute.
         dtype: Type to compute in.
+        record: Told how long each block took.
 
     Raises:
         CalibrationError: The samples do not fit.
@@ -127,7 +131,7 @@ def collect_statistics(
         return
     waiting = partial(progress, "Waiting for another calibration of this model", 0, len(blocks))
     with folder.only_writer(waiting):
-        _collect(source, calibration, folder, progress, device, dtype)
+        _collect(source, calibration, folder, progress, device, dtype, record)
 
 
 def _collect(
@@ -137,12 +141,14 @@ def _collect(
     progress: Progress,
     device: str,
     dtype: torch.dtype,
+    record: Record,
 ) -> None:
     blocks = source.config.block_names
     count = len(calibration.samples)
     progress(f"Embedding {count} samples", 0, len(blocks))
     states = embed(source, calibration, device, dtype)
     for done, name in enumerate(blocks):
+        started = time.monotonic()
         tensors = source.submodule(name, device)
         check_finite({f"{name}.{part}": tensor for part, tensor in tensors.items()})
         block = block_with_weights(name, source.config, tensors, dtype)
@@ -160,6 +166,9 @@ def _collect(
                 f"The output of '{name}'",
                 OTHER_SAMPLES,
             )
+        counts = [tokens(state).shape[1] for state in states]
+        units = block_operations(source.config, name, block_weights(source, name), counts)
+        record(calibrate_work(name, device), units, time.monotonic() - started)
     folder.write_velocity_sqnr_db(_velocity_sqnr_db(source, calibration, states))
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .backend import Backend, Gpu, load_backend, probe_gpu
+from .durations import START, build_work
 from .errors import BUILD_NODE
 from .errors.backend import EngineTargetError
 from .errors.build import BuildSpecError, FormatTargetError
@@ -21,8 +22,9 @@ from .manifest import (
     variants_manifest,
     write_manifest,
 )
+from .plan import BuiltPlan
 from .plan_build import PlanBuild
-from .progress import Progress
+from .progress import Progress, Record, unrecorded
 from .signature import BlockSignature, read_block_folder
 from .spec import (
     BF16_MIN_SM,
@@ -36,9 +38,15 @@ from .worker_pool import build_plans
 
 logger = logging.getLogger(__name__)
 
+_SHORTEST_SECONDS = 0.01
+
 
 def build_engine(
-    folder: Path, spec: BuildSpec, progress: Progress, workers: int = 1
+    folder: Path,
+    spec: BuildSpec,
+    progress: Progress,
+    workers: int = 1,
+    record: Record = unrecorded,
 ) -> EngineManifest:
     """Build the plans of all block ONNX files in `folder` into `folder/<spec.folder_name>`.
 
@@ -53,6 +61,7 @@ def build_engine(
         workers: Number of build processes, or `AUTOMATIC`. For a double block each takes 0.8 GB at
             FLUX.1's size in NVFP4 and 1.4 GB in bf16, at FLUX.2-dev's 1.7 GB in NVFP4 and 2.4 GB in
             FP8.
+        record: Told how long each block took, and the rest.
 
     Raises:
         EngineError: any of the build errors; plans that were finished before are kept.
@@ -73,8 +82,12 @@ def build_engine(
     started = time.monotonic()
     with locked(engine_dir, lambda: progress("Waiting for another build of this engine", 0, total)):
         build = PlanBuild(engine_dir, spec, backend, signatures, progress, UNFINISHED)
+        recorder = _Recorder(build, record)
         jobs = build.reuse((MANIFEST, UNFINISHED))
-        build_plans(jobs, workers or build.automatic_workers(), build.store, build.report)
+        processes = min(workers or build.automatic_workers(), max(1, len(jobs)))
+        build_plans(jobs, processes, recorder.store, build.report)
+        if jobs:
+            recorder.finish(processes)
         manifest = build.manifest()
         _put_in_force(engine_dir, manifest)
     logger.info(
@@ -86,6 +99,29 @@ def build_engine(
         time.monotonic() - started,
     )
     return manifest
+
+
+class _Recorder:
+    """Stores plans and tells how long they took; what is left of the time is the start."""
+
+    def __init__(self, build: PlanBuild, record: Record) -> None:
+        self._build, self._record = build, record
+        self._signatures = {signature.block: signature for signature in build.signatures}
+        self._started = time.monotonic()
+        self._in_blocks = 0.0
+
+    def store(self, plan: BuiltPlan) -> None:
+        self._build.store(plan)
+        signature = self._signatures[plan.block]
+        fp4, fp8 = bool(signature.fp4_linears), bool(signature.fp8_linears)
+        work = build_work(plan.block, fp4, fp8, signature.fp8_attention, self._build.spec)
+        self._record(work, signature.weight_bytes, plan.build_seconds)
+        self._in_blocks += plan.build_seconds
+
+    def finish(self, processes: int) -> None:
+        rest = time.monotonic() - self._started - self._in_blocks / processes
+        # with blocks of unequal size not all processes are busy to the end
+        self._record(START, 1, max(rest, _SHORTEST_SECONDS))
 
 
 def _check_targets(backend: Backend, spec: BuildSpec, signatures: Sequence[BlockSignature]) -> None:

@@ -78,7 +78,7 @@ class PlanBuild:
     def automatic_workers(self) -> int:
         """Return how many of the wanted blocks this machine can build side by side."""
         wanted = [s for s in self.signatures if s.block in self.wanted]
-        weights = [sum(entry.length for entry in s.ranges) for s in wanted]
+        weights = [s.weight_bytes for s in wanted]
         return automatic_workers(max(weights)) if weights else 1
 
     def store(self, plan: BuiltPlan) -> None:

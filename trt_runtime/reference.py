@@ -53,7 +53,7 @@ class ReferenceExecutor:
     @property
     def weight_bytes(self) -> int:
         """Main memory that weights and factors take."""
-        packed = sum(entry.length for used in self._used.values() for entry in used.ranges)
+        packed = sum(used.weight_bytes for used in self._used.values())
         return BYTES_PER_PACKED_BYTE * packed + self._factors.bytes
 
     def bytes_within(self, limit: int | None) -> int:

@@ -143,7 +143,16 @@ def fixed_inputs(entry: PlanEntry, profile: ShapeProfile) -> dict[str, torch.Ten
     """Return the inputs that a block is tested on: always the same ones, fp32 on the CPU."""
     img = min(max(IMG_TOKENS, profile.min_img_tokens), profile.max_img_tokens)
     txt = min(max(TXT_TOKENS, profile.min_txt_tokens), profile.max_txt_tokens)
-    sizes = {"B": 1, "N": img, "T": txt, "S": img + txt}
+    return example_inputs(entry, {"B": 1, "N": img, "T": txt, "S": img + txt})
+
+
+def example_inputs(entry: PlanEntry, sizes: Mapping[str, int]) -> dict[str, torch.Tensor]:
+    """Return random inputs of a block, always the same ones, fp32 on the CPU.
+
+    Args:
+        entry: The block's plan.
+        sizes: By dynamic axis: B, N, T and S.
+    """
     generator = torch.Generator().manual_seed(0)
     inputs = {}
     for spec in entry.inputs:

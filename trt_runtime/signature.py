@@ -62,6 +62,11 @@ class BlockSignature:
     """The safetensors file that holds the initializers."""
     ranges: tuple[ByteRange, ...]
 
+    @property
+    def weight_bytes(self) -> int:
+        """Size of the initializers in that file."""
+        return sum(entry.length for entry in self.ranges)
+
 
 def read_signature(path: Path) -> BlockSignature:
     """Read and check one block file; its weights are located but not read.

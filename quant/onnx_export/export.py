@@ -16,8 +16,9 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
+from ..durations import EXPORT
 from ..errors.export import OnnxExportMissingError
-from ..progress import Progress
+from ..progress import Progress, Record, unrecorded
 from ..quantized_checkpoint import QuantizedCheckpoint
 from ..whole_files import only_writer, whole_file
 from .blocks import block_model
@@ -26,7 +27,9 @@ from .contract import PLAIN, Variant, contract_metadata
 logger = logging.getLogger(__name__)
 
 
-def export_blocks(checkpoint: Path, progress: Progress) -> tuple[Path, ...]:
+def export_blocks(
+    checkpoint: Path, progress: Progress, record: Record = unrecorded
+) -> tuple[Path, ...]:
     """Export every block of a quantized checkpoint, and its variants beside it.
 
     Variants take LoRA factors, an attention mask, or both. Changed blocks have a LoRA in their
@@ -38,6 +41,7 @@ def export_blocks(checkpoint: Path, progress: Progress) -> tuple[Path, ...]:
     Args:
         checkpoint: The quantized checkpoint.
         progress: Called before each block; may raise to cancel.
+        record: Told how long each block took.
 
     Returns:
         The ONNX files in the order in which samples pass through the blocks, without variants.
@@ -53,9 +57,11 @@ def export_blocks(checkpoint: Path, progress: Progress) -> tuple[Path, ...]:
     with only_exporter(checkpoint, progress):
         for done, block in enumerate(blocks):
             progress(f"Exporting {block}", done, len(blocks))
-            for variant in _variants(header):
+            begun, variants = time.monotonic(), _variants(header)
+            for variant in variants:
                 path = onnx_path(checkpoint, block, variant)
                 write_checked(block_model(header, block, variant), path)
+            record(EXPORT, len(variants), time.monotonic() - begun)
             paths.append(onnx_path(checkpoint, block))
     progress("Exported", len(blocks), len(blocks))
     seconds = time.monotonic() - started

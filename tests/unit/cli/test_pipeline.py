@@ -101,6 +101,16 @@ def test_list_and_gc_need_neither_torch_nor_onnx(built: Path, tmp_path: Path) ->
         assert done.returncode == 0, done.stderr
 
 
+def test_how_long_it_took_is_kept_for_this_machine(built: Path) -> None:
+    (file,) = (built / ".durations").iterdir()
+    runs = json.loads(file.read_text())["runs"]
+    counts = {work.split(",")[0]: len(found) for work, found in runs.items()}
+    for stage in ("calibrate", "quantize", "build"):
+        assert (counts[f"{stage} double"], counts[f"{stage} single"]) == (1, 2)
+    assert counts["export of a block's graphs"] == 3
+    assert counts["start of the build processes"] == 1
+
+
 def test_a_second_run_finds_all_done(built: Path, inputs: Path) -> None:
     path = built / "tiny" / "tiny.safetensors"
     before = path.stat().st_mtime_ns

@@ -1,0 +1,218 @@
+"""Command `bench`: what an engine's blocks take on this machine, beside bf16 in PyTorch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import OptionError, OutdatedEngineError
+from .folders import existing_checkpoint, existing_engine, model_folders
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..quant.flux.config import FluxConfig
+    from ..trt_runtime.benchmark import Baseline, CallSizes, EngineTiming, Spread
+    from ..trt_runtime.engine import Engine
+
+PATCH_PIXELS = 16
+"""Side of the picture's part that is one token."""
+
+BACKENDS = ("auto", "tensorrt_rtx", "tensorrt", "reference")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what the command takes."""
+    parser.add_argument("engine", help="name of an engine in --models: CHECKPOINT/TARGET")
+    parser.add_argument("--backend", default="auto", choices=BACKENDS)
+    parser.add_argument("--width", type=int, default=1024, help="in pixels (default: 1024)")
+    parser.add_argument("--height", type=int, default=1024, help="in pixels (default: 1024)")
+    parser.add_argument("--batch", type=int, default=1, help="pictures per call (default: 1)")
+    parser.add_argument("--text-tokens", type=int, default=512, help="of a prompt (default: 512)")
+    parser.add_argument(
+        "--warm-up", type=int, default=3, help="passes that do not count (default: 3)"
+    )
+    parser.add_argument(
+        "--repetitions", type=int, default=10, help="passes that count (default: 10)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures there")
+
+
+def run(chosen: argparse.Namespace) -> int:
+    """Measure and print."""
+    sizes = _sizes(chosen)
+    folders = model_folders(chosen.models)
+    folder = existing_engine(folders, chosen.engine)
+    checkpoint = existing_checkpoint(folders, folder.parent.name)
+
+    from ..quant.quantized_checkpoint import QuantizedCheckpoint
+    from ..trt_runtime.benchmark import measure_engine
+    from ..trt_runtime.engine import Engine
+    from .progress import CommandProgress
+
+    metadata = QuantizedCheckpoint.read(checkpoint).metadata
+    engine = Engine.open(folder, chosen.backend)
+    if engine.manifest.checkpoint_digest != metadata.content_digest:
+        raise OutdatedEngineError(chosen.engine)
+    device = _device(engine)
+    baselines = _baselines(metadata.config, device)
+    with CommandProgress() as progress:
+        timing = measure_engine(
+            engine, sizes, baselines, device, chosen.warm_up, chosen.repetitions, progress
+        )
+    report = _report(chosen, engine, timing, device, sizes)
+    _show(report, timing)
+    if chosen.json is not None:
+        from ..trt_runtime.store import write_atomic
+
+        write_atomic(chosen.json, json.dumps(report, indent=1).encode())
+    return 0
+
+
+def _sizes(chosen: argparse.Namespace) -> CallSizes:
+    from ..trt_runtime.benchmark import CallSizes
+
+    for option in ("width", "height"):
+        pixels = getattr(chosen, option)
+        if pixels < PATCH_PIXELS or pixels % PATCH_PIXELS:
+            raise OptionError(f"--{option}", f"{pixels} is no multiple of {PATCH_PIXELS}")
+    for option in ("batch", "text_tokens", "warm_up", "repetitions"):
+        if getattr(chosen, option) < 1:
+            name = f"--{option}".replace("_", "-")
+            raise OptionError(name, f"{getattr(chosen, option)} is below 1")
+    img_tokens = chosen.width * chosen.height // PATCH_PIXELS**2
+    return CallSizes(chosen.batch, img_tokens, chosen.text_tokens)
+
+
+def _device(engine: Engine) -> torch.device:
+    import torch
+
+    from ..trt_runtime.backend import REFERENCE
+
+    # plans run on torch's current CUDA device, which the backend was chosen for
+    if engine.backend_name == REFERENCE:
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _baselines(config: FluxConfig, device: torch.device) -> dict[str, Baseline]:
+    """Make one block of each kind in bf16; its time does not depend on its weights."""
+    import torch
+
+    from ..quant.flux.blocks import block_from_config
+
+    generator = torch.Generator(device).manual_seed(0)
+    baselines = {}
+    for kind, depth in (("double", config.depth), ("single", config.depth_single_blocks)):
+        if not depth:
+            continue
+        with torch.device("meta"):
+            block = block_from_config(f"{kind}_blocks.0", config)
+        block = block.to(torch.bfloat16).to_empty(device=device).requires_grad_(False)
+        for parameter in block.parameters():
+            parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
+        baselines[kind] = _call_of(block)
+    return baselines
+
+
+def _call_of(block: torch.nn.Module) -> Baseline:
+    """Return a call of a block on inputs by the names of an engine."""
+    from ..quant.flux.blocks import DoubleStreamBlock
+    from ..quant.onnx_export.contract import DOUBLE_MODULATION, SINGLE_MODULATION
+
+    double = isinstance(block, DoubleStreamBlock)
+    streams = ("img", "txt") if double else ("x",)
+    modulation = DOUBLE_MODULATION if double else SINGLE_MODULATION
+
+    def call(inputs: Any) -> object:
+        mods = tuple(inputs[name] for name in modulation)
+        tokens = (inputs[name] for name in streams)
+        return block(*tokens, inputs["cos"], inputs["sin"], mods)
+
+    return call
+
+
+def _report(
+    chosen: argparse.Namespace,
+    engine: Engine,
+    timing: EngineTiming,
+    device: torch.device,
+    sizes: CallSizes,
+) -> dict[str, Any]:
+    import torch
+
+    is_cuda = device.type == "cuda"
+    kinds = {
+        kind.kind: {**asdict(kind), "ratio": kind.ratio} for kind in timing.kinds
+    }  # per-Linear figures would stand beside these
+    return {
+        "engine": chosen.engine,
+        "built_with": engine.manifest.built_with,
+        "targets": engine.manifest.targets,
+        "recipe": engine.manifest.recipe,
+        "plan_bytes": engine.manifest.plan_bytes,
+        "backend": engine.backend_name,
+        "backend_reason": engine.backend_reason,
+        "device": torch.cuda.get_device_name(device) if is_cuda else f"CPU, {platform.machine()}",
+        "threads": None if is_cuda else torch.get_num_threads(),
+        "torch": torch.__version__,
+        "width": chosen.width,
+        "height": chosen.height,
+        **asdict(sizes),
+        "warm_up": chosen.warm_up,
+        "repetitions": chosen.repetitions,
+        **asdict(timing),
+        "kinds": kinds,
+        "ratio": timing.ratio,
+    }
+
+
+def _show(report: dict[str, Any], timing: EngineTiming) -> None:
+    from .tables import print_table
+
+    threads = f" ({report['threads']} threads)" if report["threads"] else ""
+    reason = f" because {report['backend_reason']}" if report["backend_reason"] else ""
+    print(f"{report['engine']}: {report['recipe']}, built with {report['built_with']}")
+    print(f"backend {report['backend']}{reason}; device {report['device']}{threads}")
+    print(
+        f"{report['width']}x{report['height']} pixels, batch {report['batch']}: "
+        f"{report['img_tokens']} image and {report['txt_tokens']} text tokens; "
+        f"{report['repetitions']} passes through all blocks"
+    )
+    header = ("blocks", "first call", "median", "half of all", "bf16 PyTorch", "half of all", "x")
+    print_table(header, [*map(_kind_row, timing.kinds), _step_row(timing)])
+    gpu = timing.device_bytes
+    memory = "" if gpu is None else f", {gpu / 1e6:,.0f} MB of GPU memory were taken in all"
+    print(
+        f"loaded in {timing.load_seconds:.2f} s; plans {report['plan_bytes'] / 1e6:,.1f} MB, "
+        f"weights in memory {timing.weight_bytes / 1e6:,.1f} MB{memory}"
+    )
+
+
+def _kind_row(kind: Any) -> tuple[str, ...]:
+    return (
+        f"{kind.blocks} {kind.kind}, each",
+        _milliseconds(kind.first_seconds),
+        *_cells(kind.engine),
+        *_cells(kind.baseline),
+        f"{kind.ratio:.2f}",
+    )
+
+
+def _step_row(timing: EngineTiming) -> tuple[str, ...]:
+    computed = f"{_milliseconds(timing.baseline_step)} (sum)"
+    return ("all", "", *_cells(timing.step), computed, "", f"{timing.ratio:.2f}")
+
+
+def _cells(spread: Spread) -> tuple[str, str]:
+    # the unit stands once: a range reads better without
+    half = f"{spread.low * 1000:.3f} to {_milliseconds(spread.high)}"
+    return _milliseconds(spread.median), half
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1000:.3f} ms"
