@@ -1,6 +1,8 @@
 # make demo    picture and table from the whole path on the small model
 # make test    every test (ComfyUI is booted on the CPU)
 # make lint | types | unit | comfy | browser    one part
+# make matrix [ROWS="python3.10 torch*"] [SUITE=build]    the unit tests with other versions; an environment
+#              of 8 GB at a time, and about ten minutes, for each row of docs/compatibility.md
 #
 # PYTHON=/path/to/python3.x   interpreter for .venv (default: the newest of 3.10 to 3.13 found)
 # COMFYUI_PATH=/path/to/ComfyUI   a tree to use instead of the pinned 0.30.0
@@ -8,7 +10,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test setup comfyui npm lint types unit comfy browser gpu constraints golden thumbnails clean
+.PHONY: demo test setup comfyui npm lint types unit comfy browser gpu matrix constraints golden thumbnails clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -42,6 +44,10 @@ browser: setup npm
 # Needs an NVIDIA GPU; not a part of `make test`.
 gpu: setup
 	$(BIN)/python -m pytest -s tests/gpu
+
+# Rewrites the table in docs/compatibility.md; review the diff.
+matrix: setup
+	$(BIN)/python tests/tools/matrix.py --comfyui $(COMFYUI) --suite $(or $(SUITE),unit) $(ROWS)
 
 lint: setup .checks/flux_fp4
 	$(BIN)/ruff check .
