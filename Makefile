@@ -1,7 +1,7 @@
 # make demo    picture and table from the whole path on the small model
 # make test    every test (ComfyUI is booted on the CPU)
 # make lint | types | unit | comfy | browser    one part
-# make matrix [ROWS="python3.10 torch*"] [SUITE=build]    the unit tests with other versions; an environment
+# make matrix [ROWS="python3.10 torch*"] [SUITE=build|start]    the unit tests with other versions; an environment
 #              of 8 GB at a time, and about ten minutes, for each row of docs/compatibility.md
 #
 # PYTHON=/path/to/python3.x   interpreter for .venv (default: the newest of 3.10 to 3.13 found)

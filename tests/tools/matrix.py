@@ -4,7 +4,7 @@ Each row is one throwaway environment in the system's temporary folder, made by 
 really installed, and what its tests gave, goes to docs/compatibility.json and the table in
 docs/compatibility.md, row by row.
 
-usage: matrix.py --comfyui FOLDER [--suite unit|build] [ROW ...]
+usage: matrix.py --comfyui FOLDER [--suite unit|build|start] [ROW ...]
 
 ROW is the name of a row or a shell pattern such as 'torch*'; all rows without one.
 """
@@ -46,6 +46,7 @@ from uv import find_uv_bin
 BOOT = "tests/comfy/test_object_info.py"
 """A real ComfyUI starts with the pack in it."""
 SUITES = {
+    "start": ("tests/unit/trt_runtime/test_builder.py", BOOT),
     "unit": ("tests/unit", BOOT),
     "build": (
         "tests/unit/trt_runtime/test_builder.py",
@@ -64,7 +65,8 @@ SUITES = {
         BOOT,
     ),
 }
-"""`build`: exports, really built plans, ModelOpt and the reference backend."""
+"""`start`: plans are really built, and ComfyUI starts. `build` adds exports, ModelOpt, the
+reference backend and the plans for LoRA and masks; `unit` is all that needs no ComfyUI."""
 TEST_SECONDS = 3600
 REQUIREMENTS = ROOT / "requirements.txt"
 UV = find_uv_bin()
