@@ -1,8 +1,8 @@
 # make demo    picture and table from the whole path on the small model
 # make test    every test (ComfyUI is booted on the CPU)
 # make lint | types | unit | comfy | browser    one part
-# make matrix [ROWS="python3.10 torch*"] [SUITE=build|start]    the unit tests with other versions; an environment
-#              of 8 GB at a time, and about ten minutes, for each row of docs/compatibility.md
+# make matrix [ROWS="python3.10 torch*"] [SUITE=build|start]    the unit tests with other versions, in an
+#              environment of its own for each row of docs/compatibility.md, one after the other
 #
 # PYTHON=/path/to/python3.x   interpreter for .venv (default: the newest of 3.10 to 3.13 found)
 # COMFYUI_PATH=/path/to/ComfyUI   a tree to use instead of the pinned 0.30.0

@@ -4,6 +4,8 @@ Each row is one throwaway environment in the system's temporary folder, made by 
 really installed, and what its tests gave, goes to docs/compatibility.json and the table in
 docs/compatibility.md, row by row.
 
+It ends with 1 when a row failed or was not installed.
+
 usage: matrix.py --comfyui FOLDER [--suite unit|build|start] [ROW ...]
 
 ROW is the name of a row or a shell pattern such as 'torch*'; all rows without one.
@@ -115,7 +117,7 @@ def make_environment(row: Row, comfyui: Path, folder: Path) -> Path:
         RowInstallError: no such Python, or packages that do not exist or do not fit together.
     """
     python = folder / "venv" / "bin" / "python"
-    uv("venv", "--quiet", "--python", row.python, folder / "venv")
+    uv("venv", "--quiet", "--no-python-downloads", "--python", row.python, folder / "venv")
     pinned = (ROOT / "constraints" / "ci.txt").read_text().splitlines()
     lowest = lowest_versions(row.python) if row.others == "lowest" else []
     own = requirement_names(REQUIREMENTS.read_text().splitlines())

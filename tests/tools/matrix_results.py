@@ -25,6 +25,8 @@ COLUMNS = {
 }
 """Shown versions by the names under which they are recorded."""
 SHOWN_PROBLEMS = 5
+NO_WHEEL = ("has no wheels with a matching", "there is no version of")
+"""What uv 0.13 says when the index has no such file."""
 
 
 class RowResult(BaseModel):
@@ -50,7 +52,8 @@ class RowResult(BaseModel):
     def verdict(self) -> str:
         """One phrase for the table."""
         if not self.versions:
-            return "does not install"
+            missing = any(words in problem for words in NO_WHEEL for problem in self.problems)
+            return "no wheel" if missing else "does not install"
         ran = self.passed + self.failed
         if ran == 0:
             return "no test ran"

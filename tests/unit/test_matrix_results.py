@@ -75,9 +75,14 @@ def test_first_line_skips_empty_lines_and_is_cut() -> None:
         ({"versions": VERSIONS, "passed": 2, "skipped": 1}, "2 passed, 1 skipped"),
         ({"versions": VERSIONS, "passed": 2, "failed": 1}, "**1 of 3 failed**"),
         ({"versions": VERSIONS, "problems": ("out of time",)}, "no test ran"),
-        ({"problems": ("no wheels",)}, "does not install"),
+        (
+            {"problems": ("error: because torch==2.15.0 has no wheels with a matching Python",)},
+            "no wheel",
+        ),
+        ({"problems": ("error: because there is no version of onnx==9",)}, "no wheel"),
+        ({"problems": ("error: a conflicts with b",)}, "does not install"),
     ],
-    ids=["passed", "skipped", "failed", "none ran", "no environment"],
+    ids=["passed", "skipped", "failed", "none ran", "no tag", "no version", "conflict"],
 )
 def test_verdict(fields: dict[str, object], verdict: str) -> None:
     assert result(**fields).verdict == verdict
