@@ -2,6 +2,8 @@
 # make test    every test (ComfyUI is booted on the CPU)
 # make lint | types | unit | comfy | browser    one part
 # make fuzz    random attacks on every reader of files, FUZZ_MINUTES=10 of them
+# make matrix [ROWS="python3.10 torch*"] [SUITE=build|start]    the unit tests with other versions, in an
+#              environment of its own for each row of docs/compatibility.md, one after the other
 #
 # PYTHON=/path/to/python3.x   interpreter for .venv (default: the newest of 3.10 to 3.13 found)
 # COMFYUI_PATH=/path/to/ComfyUI   a tree to use instead of the pinned 0.30.0
@@ -9,7 +11,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test setup comfyui npm lint types unit comfy browser gpu fuzz constraints golden thumbnails clean
+.PHONY: demo test setup comfyui npm lint types unit comfy browser gpu fuzz matrix constraints golden thumbnails clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -53,6 +55,10 @@ fuzz: setup
 # Needs an NVIDIA GPU; not a part of `make test`.
 gpu: setup
 	$(BIN)/python -m pytest -s tests/gpu
+
+# Rewrites the table in docs/compatibility.md; review the diff.
+matrix: setup
+	$(BIN)/python tests/tools/matrix.py --comfyui $(COMFYUI) --suite $(or $(SUITE),unit) $(ROWS)
 
 lint: setup .checks/flux_fp4
 	$(BIN)/ruff check .

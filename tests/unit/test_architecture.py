@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ast
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -102,10 +102,10 @@ def test_requirements_equal_pyproject_dependencies() -> None:
     assert requirements == PYPROJECT["project"]["dependencies"]
 
 
-def test_requirements_are_ranges_without_torch() -> None:
-    names = [re.split(r"[<>=!~;\[ ]", line)[0] for line in PYPROJECT["project"]["dependencies"]]
-    assert "torch" not in names
-    assert not [line for line in PYPROJECT["project"]["dependencies"] if "==" in line]
+def test_requirements_are_lower_bounds_without_torch() -> None:
+    requirements = [Requirement(line) for line in PYPROJECT["project"]["dependencies"]]
+    assert "torch" not in {requirement.name for requirement in requirements}
+    assert {s.operator for requirement in requirements for s in requirement.specifier} == {">="}
 
 
 def test_packages_list_equals_folders() -> None:
