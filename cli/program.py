@@ -24,6 +24,7 @@ COMMANDS = {
     "export": ("export", "write the ONNX files of a quantized checkpoint"),
     "build": ("build", "build an engine from the ONNX files of a quantized checkpoint"),
     "verify": ("verify", "check every digest of an engine"),
+    "quality": ("quality", "measure pictures, or a quantized checkpoint, against the original"),
     "gc": ("collect", "show what is not needed, and delete it on request"),
     "probe": ("native_probes", ""),
 }

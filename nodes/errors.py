@@ -229,3 +229,21 @@ class UnsupportedByEngineError(NodeError):
             f"{feature} cannot be applied in '{block}': its attention runs inside the FP4 engine. "
             f"{next_step}, or use 'Load Diffusion Model' for this MODEL."
         )
+
+
+class SamplerNotComparableError(NodeError):
+    """A sampler chooses its own steps, so two models cannot be compared step by step.
+
+    Attributes:
+        sampler: Its name.
+        reference: How often it evaluated the reference.
+        tested: How often it evaluated the tested model.
+    """
+
+    def __init__(self, sampler: str, reference: int, tested: int) -> None:
+        self.sampler, self.reference, self.tested = sampler, reference, tested
+        super().__init__(
+            f"The sampler {sampler!r} evaluated the reference {reference} times and the tested model "
+            f"{tested} times; models are compared step by step. Choose a sampler that is not "
+            "adaptive, such as 'euler'."
+        )

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .trajectory import TrajectoryReport
 
 _BACKGROUND, _TEXT, _GRID = "#1e1e1e", "#e8e8e8", "#555555"
-_BLUE, _ORANGE, _GREEN = "#56B4E9", "#E69F00", "#009E73"
+_BLUE, _ORANGE, _YELLOW = "#56B4E9", "#E69F00", "#F0E442"
 
 _STYLE = {
     "figure.facecolor": _BACKGROUND,
@@ -42,8 +42,6 @@ _STYLE = {
     "font.size": 12,
 }
 _DPI = 100
-_WORST = 3
-"""So many are named in a chart."""
 _EXACT_DB = 200.0
 """Headers write this where there is no error, see ``summary``."""
 
@@ -57,7 +55,7 @@ def sqnr_chart(metadata: QuantizedMetadata, name: str) -> np.ndarray:
     blocks = [block.name for block in metadata.blocks]
     width = min(22.0, max(10.0, 2.5 + 0.32 * len(blocks)))
     with _styled():
-        figure = _figure(width, 5.6)
+        figure = _figure(width, 6)
         axes = figure.subplots()
         _block_bars(axes, metadata)
         _linear_points(axes, metadata, blocks)
@@ -65,7 +63,7 @@ def sqnr_chart(metadata: QuantizedMetadata, name: str) -> np.ndarray:
         axes.set_xlim(-0.7, len(blocks) - 0.3)
         axes.set_ylabel("SQNR (dB), higher is better")
         figure.suptitle(f"{name}: output of Linears, and what blocks add to their input")
-        figure.legend(loc="outside lower center", ncols=4)
+        figure.legend(loc="outside lower center", ncols=3 if len(blocks) < 20 else 5)
         return _pixels(figure)
 
 
@@ -137,7 +135,7 @@ def picture_grid(
             shown = place.get_title()
             place.set_title(f"{title}\n{shown}" if shown else f"{title}\n", fontsize=12)
         bar = figure.colorbar(heat, ax=grid[:, 2].tolist(), shrink=0.9, extend="max")
-        bar.set_label("absolute difference, mean of channels (1 = full range)")
+        bar.set_label("mean of channels, 1 = full range", fontsize=11)
         return _pixels(figure)
 
 
@@ -157,14 +155,14 @@ def _block_bars(axes: Axes, metadata: QuantizedMetadata) -> None:
     # proxies: a legend entry of a bar container takes the colour of its first bar
     axes.bar([0], [0], color=_BLUE, label="block")
     if worst:
-        axes.bar([0], [0], color=_ORANGE, label=f"the {len(worst)} worst blocks")
+        axes.bar([0], [0], color=_ORANGE, label="worst tenth of the blocks")
     for index, value in enumerate(values):
         if value >= _EXACT_DB:
             axes.text(index, 0.5, "exact", rotation=90, ha="center", va="bottom")
 
 
 def _linear_points(axes: Axes, metadata: QuantizedMetadata, blocks: list[str]) -> None:
-    styles = {"nvfp4": ("o", _TEXT, "Linear in NVFP4"), "fp8": ("^", _GREEN, "Linear in FP8")}
+    styles = {"nvfp4": ("o", _TEXT, "Linear in NVFP4"), "fp8": ("^", _YELLOW, "Linear in FP8")}
     linears = [x for x in metadata.linears if x.output_sqnr_db < _EXACT_DB]
     places = [blocks.index(".".join(linear.name.split(".")[:2])) for linear in linears]
     for format_, (marker, colour, label) in styles.items():
@@ -173,22 +171,22 @@ def _linear_points(axes: Axes, metadata: QuantizedMetadata, blocks: list[str]) -
             axes.scatter(
                 [places[i] for i in chosen],
                 [linears[i].output_sqnr_db for i in chosen],
-                marker=marker, s=22, color=colour, edgecolors=_BACKGROUND, label=label, zorder=3,
+                marker=marker, s=32, color=colour, edgecolors=_BACKGROUND, label=label, zorder=3,
             )  # fmt: skip
-    for index in _worst([linear.output_sqnr_db for linear in linears])[:1]:
-        linear = linears[index]
-        axes.annotate(
-            f"worst Linear: {linear.name}, {linear.output_sqnr_db:.1f} dB",
-            (places[index], linear.output_sqnr_db),
-            xytext=(0.5, 0.03), textcoords="axes fraction", ha="center", fontsize=11,
-            bbox={"facecolor": _BACKGROUND, "edgecolor": _ORANGE, "boxstyle": "round"},
-            arrowprops={"arrowstyle": "->", "color": _ORANGE}, zorder=4,
+    if linears:
+        worst = min(range(len(linears)), key=lambda index: linears[index].output_sqnr_db)
+        axes.scatter(
+            [places[worst]], [linears[worst].output_sqnr_db],
+            marker="o", s=160, facecolors="none", edgecolors=_ORANGE, linewidths=2, zorder=4,
+            label=f"worst Linear: {linears[worst].name}, {linears[worst].output_sqnr_db:.1f} dB",
         )  # fmt: skip
 
 
 def _worst(values: Sequence[float]) -> list[int]:
+    """Return the places of the lowest tenth, one at least."""
     quantized = [index for index, value in enumerate(values) if value < _EXACT_DB]
-    return sorted(quantized, key=lambda index: values[index])[:_WORST]
+    count = math.ceil(len(quantized) / 10)
+    return sorted(quantized, key=lambda index: values[index])[:count]
 
 
 def _short(block: str) -> str:

@@ -1,4 +1,4 @@
-"""CLIPScore and CLIP-IQA through torchmetrics, against transformers alone on a random small CLIP."""
+"""CLIPScore and CLIP-IQA through torchmetrics, against transformers alone, on a random CLIP."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     torch.manual_seed(0)
     pictures = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32)
     network = CLIPModel(config).eval()
-    # Texts that are nearly alike, as two prompts of the real CLIP are: else every softmax is 0 or 1.
+    # Texts nearly alike, as two prompts of the real CLIP are: else every softmax is 0 or 1.
     torch.nn.init.constant_(network.text_model.final_layer_norm.bias, 20.0)
     return network, CLIPProcessor(pictures, tokenizer)
 
