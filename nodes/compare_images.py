@@ -62,8 +62,8 @@ class CompareImages(io.ComfyNode):
                     multiline=True,
                     default="",
                     optional=True,
-                    tooltip="One prompt per line, in the order of the pictures. Only clip_score and "
-                    "image_reward need them.",
+                    tooltip="One prompt per line, in the order of the pictures. Only clip_score "
+                    "and image_reward need them.",
                 ),
                 *(
                     io.Boolean.Input(

@@ -243,7 +243,7 @@ class SamplerNotComparableError(NodeError):
     def __init__(self, sampler: str, reference: int, tested: int) -> None:
         self.sampler, self.reference, self.tested = sampler, reference, tested
         super().__init__(
-            f"The sampler {sampler!r} evaluated the reference {reference} times and the tested model "
-            f"{tested} times; models are compared step by step. Choose a sampler that is not "
+            f"The sampler {sampler!r} evaluated the reference {reference} times and the tested "
+            f"model {tested} times; models are compared step by step. Choose a sampler that is not "
             "adaptive, such as 'euler'."
         )

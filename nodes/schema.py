@@ -23,7 +23,7 @@ def description(node: type[io.ComfyNode]) -> str:
 def report_with_picture(
     node: type[io.ComfyNode], text: str, pixels: np.ndarray, *outputs: Any
 ) -> io.NodeOutput:
-    """Return a report and a picture ``[height, width, 3]`` in uint8, both also shown on the node."""
+    """Return a report and a picture ``[height, width, 3]`` in uint8; the node shows both."""
     import torch
 
     from .progress import NodeProgress

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 from PIL import Image
 
@@ -76,13 +77,7 @@ class ImageReward:
 
     def _rewards(self, pairs: Sequence[tuple[str, str]]) -> Iterator[float]:
         with tempfile.TemporaryFile("w+") as log:
-            child = subprocess.Popen(
-                [self._python, process.__file__],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-            )
+            child = self._started(log)
             assert child.stdin is not None
             assert child.stdout is not None
             try:
@@ -99,6 +94,15 @@ class ImageReward:
             if code:
                 log.seek(0)
                 _raise(code, (log.read().strip().splitlines() or ["no message"])[-1])
+
+    def _started(self, log: IO[str]) -> subprocess.Popen[str]:
+        command = [self._python, process.__file__]
+        try:
+            return subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+            )
+        except OSError as error:
+            raise MetricLibraryError(_TITLE, str(error), INSTALL) from error
 
 
 def _raise(code: int, last_line: str) -> None:

@@ -108,10 +108,10 @@ def read_prompts(file: Path, labels: Sequence[str]) -> list[str]:
         return prompts_in_lines(text, len(labels))
     try:
         by_name = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise PromptsError(
-            f"'{file}' is no JSON: {error}", "a file .json maps name to prompt"
-        ) from None
+    except json.JSONDecodeError:
+        by_name = None
+    if not isinstance(by_name, dict):
+        raise PromptsError(f"'{file}' holds no JSON object", "a .json maps file name to prompt")
     missing = [label for label in labels if not isinstance(by_name.get(label), str)]
     if missing:
         raise PromptsError(

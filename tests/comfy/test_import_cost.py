@@ -9,7 +9,10 @@ from pathlib import Path
 from pack_import import ROOT
 
 # torch is absent here: ComfyUI itself imports it before any node pack.
-HEAVY = ("modelopt", "tensorrt", "tensorrt_rtx", "onnx", "onnx_ir", "onnxruntime", "matplotlib")
+HEAVY = (
+    "modelopt", "tensorrt", "tensorrt_rtx", "onnx", "onnx_ir", "onnxruntime", "matplotlib",
+    "torchmetrics",
+)  # fmt: skip
 
 PROGRAM = """
 import asyncio, sys
