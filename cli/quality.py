@@ -87,8 +87,8 @@ def _print_prompts_needed(difference: float | None, deviation: float | None) -> 
         raise OptionError("--difference", "it must not be 0, and --deviation not negative")
     count = prompts_needed(difference, deviation)
     print(
-        f"{count:,} prompts show a mean difference of {difference:g} with a power of {POWER:.0%} at "
-        f"p < {SIGNIFICANCE}, if paired differences have a standard deviation of {deviation:g}."
+        f"{count:,} prompts show a mean difference of {difference:g} with a power of {POWER:.0%} "
+        f"at p < {SIGNIFICANCE}, if paired differences have a standard deviation of {deviation:g}."
     )
     return 0
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _BACKGROUND, _TEXT, _GRID = "#1e1e1e", "#e8e8e8", "#555555"
 _BLUE, _ORANGE, _YELLOW = "#56B4E9", "#E69F00", "#F0E442"
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "figure.facecolor": _BACKGROUND,
     "axes.facecolor": _BACKGROUND,
     "axes.edgecolor": _GRID,
@@ -73,6 +73,8 @@ def trajectory_chart(report: TrajectoryReport) -> np.ndarray:
     Returns:
         ``[height, width, 3]`` in uint8.
     """
+    from matplotlib.ticker import MaxNLocator
+
     numbers = range(1, len(report.steps) + 1)
     lines = {
         "velocity, both models at the same x_t": (
@@ -92,7 +94,7 @@ def trajectory_chart(report: TrajectoryReport) -> np.ndarray:
         axes.set_xlabel("evaluation of the model")
         axes.set_ylabel("SQNR (dB), higher is better")
         axes.set_xlim(0.5, len(report.steps) + 0.5)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         sigma = axes.secondary_xaxis("top")
         shown = sorted(
             {0, len(report.steps) // 3, 2 * len(report.steps) // 3, len(report.steps) - 1}
@@ -209,6 +211,6 @@ def _figure(width: float, height: float) -> Figure:
 def _pixels(figure: Figure) -> np.ndarray:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    canvas = FigureCanvasAgg(figure)
+    canvas: Any = FigureCanvasAgg(figure)
     canvas.draw()
     return np.array(canvas.buffer_rgba())[..., :3].copy()

@@ -124,7 +124,7 @@ def _written(report: TrajectoryReport, table: str) -> str:
 
 
 def _rows(report: TrajectoryReport) -> tuple[Row, list[Row]]:
-    rows = [
+    rows: list[Row] = [
         (
             str(number),
             f"{step.sigma:.4f}",
