@@ -25,6 +25,7 @@ COMMANDS = {
     "build": ("build", "build an engine from the ONNX files of a quantized checkpoint"),
     "bench": ("bench", "measure an engine on this machine, beside bf16 in PyTorch"),
     "verify": ("verify", "check every digest of an engine"),
+    "quality": ("quality", "measure pictures, or a quantized checkpoint, against the original"),
     "gc": ("collect", "show what is not needed, and delete it on request"),
     "probe": ("native_probes", ""),
 }

@@ -53,7 +53,7 @@ def run(chosen: argparse.Namespace) -> int:
     folders = model_folders(chosen.models)
     destination = new_checkpoint(folders, chosen.destination)
     options = _options(chosen, folders)
-    device = _device(chosen.device)
+    device = chosen_device(chosen.device)
     source, samples = open_source(chosen.source), load_samples(chosen.samples)
     quantized = up_to_date_checkpoint(source, destination, options, samples.digest())
     if quantized is None:
@@ -95,7 +95,12 @@ def _options(chosen: argparse.Namespace, folders: ModelFolders) -> QuantizeOptio
         raise OptionError(option, first["msg"]) from error
 
 
-def _device(chosen: str) -> str:
+def chosen_device(chosen: str) -> str:
+    """Return the device of torch that an option names.
+
+    Raises:
+        OptionError: It is "cuda" and there is none.
+    """
     import torch
 
     usable = torch.cuda.is_available()

@@ -7,6 +7,8 @@ from comfy_api.latest import ComfyExtension, io
 from .all_in_one import EngineFromCheckpoint
 from .build import BuildEngine
 from .calibration import CalibrationSamples
+from .compare_images import CompareImages
+from .compare_models import CompareModels
 from .export import ExportONNX
 from .inspect_checkpoint import Inspect
 from .load import LoadEngine
@@ -33,5 +35,7 @@ class FluxFP4Extension(ComfyExtension):
             LoadEngine,
             EngineFromCheckpoint,
             Inspect,
+            CompareModels,
+            CompareImages,
             SaveNative,
         ]

@@ -269,3 +269,21 @@ class FileAccessError(NodeError):
             f"{subject}: {reason}. Check that it is there, that ComfyUI may read and write it and "
             "that no other program holds it, then queue again."
         )
+
+
+class SamplerNotComparableError(NodeError):
+    """A sampler chooses its own steps, so two models cannot be compared step by step.
+
+    Attributes:
+        sampler: Its name.
+        reference: How often it evaluated the reference.
+        tested: How often it evaluated the tested model.
+    """
+
+    def __init__(self, sampler: str, reference: int, tested: int) -> None:
+        self.sampler, self.reference, self.tested = sampler, reference, tested
+        super().__init__(
+            f"The sampler {sampler!r} evaluated the reference {reference} times and the tested "
+            f"model {tested} times; models are compared step by step. Choose a sampler that is not "
+            "adaptive, such as 'euler'."
+        )

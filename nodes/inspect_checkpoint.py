@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from . import paths
 from .failures import told
 from .fingerprint import file_state
-from .schema import CATEGORY, description
+from .schema import CATEGORY, description, report_with_picture
 
 
 class Inspect(io.ComfyNode):
@@ -36,7 +36,10 @@ class Inspect(io.ComfyNode):
                     "'Build TensorRT Engine' to report after the build.",
                 )
             ],
-            outputs=[io.String.Output(display_name="report", tooltip="The report as plain text.")],
+            outputs=[
+                io.String.Output(display_name="report", tooltip="The report as plain text."),
+                io.Image.Output(display_name="chart", tooltip="SQNR of every block and Linear."),
+            ],
         )
 
     @classmethod
@@ -50,12 +53,14 @@ class Inspect(io.ComfyNode):
     @classmethod
     @told
     def execute(cls, checkpoint: str) -> io.NodeOutput:
+        from ..quant.quality.charts import sqnr_chart
+        from ..quant.quantized_checkpoint import QuantizedCheckpoint
         from . import reports
-        from .progress import NodeProgress
 
-        text = reports.full_report(_checkpoint_file(checkpoint))
-        NodeProgress(cls.hidden.unique_id).show(text)
-        return io.NodeOutput(text, ui=ui.PreviewText(text))
+        file = _checkpoint_file(checkpoint)
+        quantized = QuantizedCheckpoint.read(file)
+        chart = sqnr_chart(quantized.metadata, quantized.name)
+        return report_with_picture(cls, reports.full_report(file), chart)
 
 
 def _checkpoint_file(name: str) -> Path:

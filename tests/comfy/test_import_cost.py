@@ -9,7 +9,10 @@ from pathlib import Path
 from pack_import import ROOT
 
 # torch is absent here: ComfyUI itself imports it before any node pack.
-HEAVY = ("modelopt", "tensorrt", "tensorrt_rtx", "onnx", "onnx_ir", "onnxruntime")
+HEAVY = (
+    "modelopt", "tensorrt", "tensorrt_rtx", "onnx", "onnx_ir", "onnxruntime", "matplotlib",
+    "torchmetrics",
+)  # fmt: skip
 
 PROGRAM = """
 import asyncio, sys
@@ -27,7 +30,7 @@ async def schemas():
     await extension.on_load()
     return [node.GET_NODE_INFO_V1() for node in await extension.get_node_list()]
 
-assert len(asyncio.run(schemas())) == 10
+assert len(asyncio.run(schemas())) == 12
 print("LOADED", *{{name.partition(".")[0] for name in set(sys.modules) - before}})
 """
 

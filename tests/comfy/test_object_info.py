@@ -17,6 +17,8 @@ NODE_IDS = {
     "FluxFP4BuildEngine",
     "FluxFP4CalibrationSamples",
     "FluxFP4EngineFromCheckpoint",
+    "FluxFP4CompareImages",
+    "FluxFP4CompareModels",
     "FluxFP4ExportONNX",
     "FluxFP4Inspect",
     "FluxFP4LoadEngine",

@@ -64,8 +64,13 @@ class PromptResult:
         return ""
 
     def images(self) -> list[dict[str, str]]:
-        """Return the saved images' `filename`, `subfolder`, `type` in node order."""
-        return [image for output in self.outputs.values() for image in output.get("images", [])]
+        """Return the saved images' `filename`, `subfolder`, `type` in node order; no previews."""
+        images = [image for output in self.outputs.values() for image in output.get("images", [])]
+        return [image for image in images if image["type"] == "output"]
+
+    def previews(self, node_id: str) -> list[dict[str, str]]:
+        """Return the images that a node shows on itself."""
+        return list(self.outputs[node_id]["images"])
 
     def progress_texts(self, node_id: str) -> list[str]:
         """Return what a node showed on itself while it ran, in order."""
