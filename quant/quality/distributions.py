@@ -10,9 +10,9 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from ..errors.quality import TooFewPicturesError
 from ..progress import Progress
 from .catalog import METRICS
-from .errors import TooFewPicturesError
 from .loading import loaded
 from .pictures import Pictures
 

@@ -9,10 +9,10 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from ..errors.quality import PromptsError
 from ..progress import Progress
 from .catalog import METRICS
 from .distributions import features_of, frechet_distance, kernel_distance, load_inception
-from .errors import PromptsError
 from .image_reward import ImageReward
 from .pair_metrics import LPIPS, PSNR, SSIM, PairMetric, pair_values
 from .paired_statistics import mean_value, paired_difference, prompts_needed

@@ -13,36 +13,21 @@ from typing import IO
 
 from PIL import Image
 
+from ..errors.quality import (
+    PYTHON_VARIABLE,
+    ImageRewardFailedError,
+    MetricLibraryError,
+    MetricWeightsError,
+)
 from ..progress import Progress
 from . import image_reward_process as process
-from .errors import MetricLibraryError, MetricWeightsError, QualityError
 from .pictures import Pictures
-
-PYTHON_VARIABLE = "FLUX_FP4_IMAGEREWARD_PYTHON"
-"""Names the interpreter that has the package; not a widget, because a workflow must not choose what
-is executed."""
 
 INSTALL = (
     "python -m venv imagereward && imagereward/bin/pip install image-reward openai-clip "
     f'"setuptools<80" "transformers<4.49", then set {PYTHON_VARIABLE} to imagereward/bin/python'
 )
 _TITLE = "ImageReward"
-
-
-class ImageRewardFailedError(QualityError):
-    """The process ended in a way that is neither a missing library nor missing weights.
-
-    Attributes:
-        code: Its exit code.
-        last_line: The end of what it wrote.
-    """
-
-    def __init__(self, code: int, last_line: str) -> None:
-        self.code, self.last_line = code, last_line
-        super().__init__(
-            f"ImageReward's process ended with code {code}: {last_line}. Run the package's "
-            f"own example with the Python that {PYTHON_VARIABLE} names, or leave the metric out."
-        )
 
 
 class ImageReward:

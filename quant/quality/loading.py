@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from .errors import MetricLibraryError, MetricWeightsError
+from ..errors.quality import MetricLibraryError, MetricWeightsError
 
 EXTRA = "torchmetrics torch-fidelity transformers"
 """Packages of all metrics but ImageReward."""

@@ -8,9 +8,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ..errors.quality import PicturesError
 from ..progress import Progress
 from .catalog import METRICS
-from .errors import PicturesError
 from .loading import loaded
 from .pictures import Pictures
 

@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 from scipy import stats
 
-from .errors import PicturesError
+from ..errors.quality import PicturesError
 
 CONFIDENCE = 0.95
 SIGNIFICANCE = 0.05

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from .errors import PicturesError, PromptsError
+from ..errors.quality import PicturesError, PromptsError
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 

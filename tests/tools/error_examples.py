@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 from flux_fp4.cli import errors as cli
-from flux_fp4.quant.errors import calibration, export, files, recipes, sources
+from flux_fp4.quant.errors import calibration, export, files, quality, recipes, sources
 from flux_fp4.quant.errors.calibration import OTHER_SAMPLES
 from flux_fp4.trt_runtime.errors import BUILD_NODE, backend, blocks, build, engine, run, storage
 from pack_import import ROOT
@@ -55,6 +55,22 @@ QUANT: tuple[Exception, ...] = (
     files.DiskFullError(f"{CHECKPOINT}.safetensors", 12_300_000_000, 850_000_000),
     files.FileWriteError(f"{CHECKPOINT}.safetensors", CHECKPOINT, "Input/output error"),
     files.FolderNotWritableError(CHECKPOINT, "Read-only file system"),
+    quality.MetricLibraryError(
+        "FID", "No module named 'torch_fidelity'", "python -m pip install torch-fidelity"
+    ),
+    quality.MetricWeightsError(
+        "LPIPS", "alexnet-owt-7be5be79.pth", "download.pytorch.org", "the host is not known"
+    ),
+    quality.TooFewPicturesError(
+        "FID", 64, 2049, "its covariance of 2,048 features has no inverse with fewer"
+    ),
+    quality.PicturesError(
+        "The first set has 4 pictures, the second 5",
+        "both need the same number",
+        "Connect pictures of the same prompts and seeds.",
+    ),
+    quality.PromptsError("There are 3 prompts for 4 pictures", "each picture needs its own"),
+    quality.ImageRewardFailedError(1, "CUDA out of memory"),
     export.OnnxExportMissingError(CHECKPOINT, "'single_blocks.3.onnx' is missing"),
     export.TransformerExportError(CHECKPOINT, "double_blocks.0.img_mod.lin"),
     export.NativeCheckpointError(
@@ -159,6 +175,7 @@ NODES: tuple[Exception, ...] = (
         "Remove the node that overrides attention",
     ),
     nodes.PackageMissingError("modelopt", "No module named 'modelopt'"),
+    nodes.SamplerNotComparableError("dpm_adaptive", 31, 28),
     nodes.FileAccessError("models/flux_fp4/flux1-dev-nvfp4", "Permission denied"),
 )
 
@@ -168,6 +185,7 @@ CLI: tuple[Exception, ...] = (
     cli.NotFoundError(
         "engine", f"{CHECKPOINT}/sm120", Path("models"), "The command `build` makes one."
     ),
+    cli.OutdatedEngineError(f"{CHECKPOINT}/sm120"),
     cli.OptionError("--days", "-1 is not between 0 and 100000"),
 )
 

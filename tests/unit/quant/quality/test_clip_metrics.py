@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from flux_fp4.quant.errors.quality import MetricWeightsError
 from flux_fp4.quant.quality.clip_metrics import CLIPIQA, MODEL, CLIPScore, clip_of, load_clip
-from flux_fp4.quant.quality.errors import MetricWeightsError
 from flux_fp4.quant.quality.pictures import BatchPictures
 from PIL import Image
 from quality_pictures import picture_batch, silent

@@ -8,16 +8,16 @@ from urllib.error import URLError
 
 import pytest
 import torch
+from flux_fp4.quant.errors.quality import (
+    MetricLibraryError,
+    MetricWeightsError,
+    TooFewPicturesError,
+)
 from flux_fp4.quant.quality.distributions import (
     features_of,
     frechet_distance,
     kernel_distance,
     load_inception,
-)
-from flux_fp4.quant.quality.errors import (
-    MetricLibraryError,
-    MetricWeightsError,
-    TooFewPicturesError,
 )
 from flux_fp4.quant.quality.pictures import BatchPictures
 from quality_pictures import picture_batch, silent

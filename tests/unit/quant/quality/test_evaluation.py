@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from flux_fp4.quant.quality.errors import PicturesError, PromptsError
+from flux_fp4.quant.errors.quality import PicturesError, PromptsError
 from flux_fp4.quant.quality.evaluation import (
     LoadedMetrics,
     check_prompts,

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from flux_fp4.quant.quality.errors import MetricLibraryError, MetricWeightsError
+from flux_fp4.quant.errors.quality import MetricLibraryError, MetricWeightsError
 from flux_fp4.quant.quality.image_reward import (
     PYTHON_VARIABLE,
     ImageReward,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from flux_fp4.quant.quality.errors import MetricWeightsError, PicturesError
+from flux_fp4.quant.errors.quality import MetricWeightsError, PicturesError
 from flux_fp4.quant.quality.pair_metrics import LPIPS, PSNR, SSIM, pair_values
 from flux_fp4.quant.quality.pictures import BatchPictures
 from quality_pictures import gradient_picture, silent

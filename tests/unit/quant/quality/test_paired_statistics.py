@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from flux_fp4.quant.quality.errors import PicturesError
+from flux_fp4.quant.errors.quality import PicturesError
 from flux_fp4.quant.quality.paired_statistics import (
     detectable_difference,
     mean_value,

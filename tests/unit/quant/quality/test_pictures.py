@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from flux_fp4.quant.quality.errors import PicturesError, PromptsError
+from flux_fp4.quant.errors.quality import PicturesError, PromptsError
 from flux_fp4.quant.quality.pictures import (
     BatchPictures,
     FolderPictures,

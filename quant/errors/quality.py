@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from ..errors import QuantError
+from . import QuantError
+
+PYTHON_VARIABLE = "FLUX_FP4_IMAGEREWARD_PYTHON"
+"""Names the interpreter that has the package; not a widget, because a workflow must not choose what
+is executed."""
 
 WITHOUT_DOWNLOADS = "psnr and ssim need no download."
 
@@ -54,10 +58,11 @@ class TooFewPicturesError(QualityError):
         metric: Title of the metric.
         found: How many there are.
         needed: The least number.
+        why: What takes so many.
     """
 
     def __init__(self, metric: str, found: int, needed: int, why: str) -> None:
-        self.metric, self.found, self.needed = metric, found, needed
+        self.metric, self.found, self.needed, self.why = metric, found, needed, why
         super().__init__(
             f"{metric} of {found} pictures would say nothing: at least {needed:,} in each set are "
             f"needed, because {why}. Make more pictures, or leave the metric out."
@@ -89,5 +94,21 @@ class PromptsError(QualityError):
     def __init__(self, found: str, limit: str) -> None:
         self.found, self.limit = found, limit
         super().__init__(
-            f"{found}; {limit}. Give one prompt per line, in the order of the pictures."
+            f"{found}; {limit}. Enter one prompt per line, in the order of the pictures."
+        )
+
+
+class ImageRewardFailedError(QualityError):
+    """The process ended in a way that is neither a missing library nor missing weights.
+
+    Attributes:
+        code: Its exit code.
+        last_line: The end of what it wrote.
+    """
+
+    def __init__(self, code: int, last_line: str) -> None:
+        self.code, self.last_line = code, last_line
+        super().__init__(
+            f"ImageReward's process ended with code {code}: {last_line}. Run the package's "
+            f"own example with the Python that {PYTHON_VARIABLE} names, or leave the metric out."
         )
