@@ -1,7 +1,7 @@
 """What of an engine store can go: stale engines, plans nobody names, old kernels, unused bakes.
 
 Finding deletes nothing. Each finding knows how it is deleted, which takes the lock of its folder,
-so that nothing is taken from a build that is running.
+so that nothing is taken from a build that is running, nor from a process that has it open.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Literal
 from .bakes import BAKES, bake_folders
 from .engine_state import engine_state
 from .errors import ManifestInvalidError, ManifestMissingError
+from .in_use import is_in_use
 from .last_use import last_used
 from .manifest import (
     BAKED,
@@ -91,13 +92,15 @@ def find_unneeded(
     """
     for folder in plan_folders(checkpoint_folder):
         state = engine_state(folder, checkpoint_digest)
-        if is_locked(folder):
+        if _is_busy(folder):
             continue
         if state.is_stale:
             yield engine_finding(folder, state.fault)
             continue
         yield from _parts(folder, state.manifest, driver)
     for bake in bake_folders(checkpoint_folder / BAKES):
+        if is_in_use(bake):
+            continue
         reason = _bake_fault(bake, checkpoint_digest, unused_since)
         if reason:
             yield bake_finding(bake, reason)
@@ -151,10 +154,15 @@ def evict(
     for finding in sorted(kept, key=lambda finding: finding.used):
         if excess <= 0:
             break
-        if not is_locked(finding.path) and not is_locked(finding.path.parent):
+        # the lock of a bake is that of the folder of all bakes
+        if not _is_busy(finding.path) and not is_locked(finding.path.parent):
             chosen.append(replace(finding, reason=reason))
             excess -= finding.bytes
     return chosen
+
+
+def _is_busy(folder: Path) -> bool:
+    return is_locked(folder) or is_in_use(folder)
 
 
 def _bytes_within(folder: Path, findings: Sequence[Finding]) -> int:

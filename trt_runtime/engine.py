@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Mapping
@@ -10,10 +11,11 @@ from typing import Protocol
 
 import torch
 
-from .backend import choose_backend, probe_gpu
+from .backend import BackendChoice, choose_backend, probe_gpu
 from .block_call import AcceptedCall, accepted_call, batch_parts
 from .contract import MASK, MASK_SHAPE, TensorSpec
 from .errors import BackendUnusableError, BlockInputError
+from .in_use import InUseMark
 from .last_use import mark_used
 from .manifest import EngineManifest, PlanEntry, load_manifest, verify_engine
 from .selection import Selection
@@ -74,6 +76,7 @@ class Engine:
         backend_name: str,
         backend_reason: str,
         self_test: SelfTest | None = None,
+        mark: InUseMark | None = None,
     ) -> None:
         self.manifest = manifest
         self.folder = folder
@@ -81,6 +84,9 @@ class Engine:
         self.backend_reason = backend_reason
         self._executor = executor
         self._self_test = self_test
+        # as long as the engine can be loaded again, nobody may delete it
+        self._mark = mark
+        self._bake_mark: InUseMark | None = None
         self._selection = Selection()
         self._limit: int | None = None
         self._entries = {entry.block: entry for entry in manifest.blocks}
@@ -96,6 +102,8 @@ class Engine:
     ) -> Engine:
         """Check an engine folder and choose the backend; nothing is loaded yet.
 
+        The folder is marked as in use until the engine is forgotten.
+
         Args:
             engine_dir: Folder with manifest.json.
             backend: "auto", "reference", or the library that the plans are for.
@@ -107,24 +115,31 @@ class Engine:
         """
         manifest = load_manifest(engine_dir)
         choice = choose_backend(backend, manifest.backend, manifest.targets, probe_gpu(device))
-        verify_engine(engine_dir, manifest, choice.backend)
+        with contextlib.ExitStack() as failing:
+            # marked before it is checked: what is checked stays
+            mark = InUseMark(engine_dir)
+            failing.callback(mark.release)
+            verify_engine(engine_dir, manifest, choice.backend)
+            executor = cls._executor_of(engine_dir, manifest, choice, cuda_graphs)
+            failing.pop_all()
+        self_test = SelfTest(engine_dir, manifest)
+        return cls(engine_dir, manifest, executor, choice.name, choice.reason, self_test, mark)
+
+    @staticmethod
+    def _executor_of(
+        engine_dir: Path, manifest: EngineManifest, choice: BackendChoice, cuda_graphs: bool
+    ) -> Executor:
         if choice.reason:
             logger.info("FLUX FP4 runs on the reference backend (CPU): %s", choice.reason)
-        executor: Executor
         if choice.backend is None:
             from .reference import ReferenceExecutor
 
-            executor = ReferenceExecutor(engine_dir.parent)
-        else:
-            from .executor import TensorRTExecutor
+            return ReferenceExecutor(engine_dir.parent)
+        from .executor import TensorRTExecutor
 
-            if cuda_graphs and not choice.backend.has_cuda_graphs:
-                raise BackendUnusableError(choice.name, "it has no CUDA graphs of its own")
-            executor = TensorRTExecutor(
-                engine_dir, manifest, choice.backend, cuda_graphs=cuda_graphs
-            )
-        self_test = SelfTest(engine_dir, manifest)
-        return cls(engine_dir, manifest, executor, choice.name, choice.reason, self_test)
+        if cuda_graphs and not choice.backend.has_cuda_graphs:
+            raise BackendUnusableError(choice.name, "it has no CUDA graphs of its own")
+        return TensorRTExecutor(engine_dir, manifest, choice.backend, cuda_graphs=cuda_graphs)
 
     @property
     def loaded(self) -> bool:
@@ -221,8 +236,15 @@ class Engine:
         """
         for block in (*selection.adapters, *(selection.baked.blocks if selection.baked else ())):
             self._entry(block)
-        self._executor.use(selection)
-        self._selection = selection
+        with contextlib.ExitStack() as failing:
+            mark = InUseMark(selection.baked.folder) if selection.baked else None
+            if mark is not None:
+                failing.callback(mark.release)
+            self._executor.use(selection)
+            failing.pop_all()
+        self._selection, former, self._bake_mark = selection, self._bake_mark, mark
+        if former is not None:
+            former.release()
         self._entries = {
             entry.block: _with_mask(entry, self.manifest.high_precision)
             if selection.masked

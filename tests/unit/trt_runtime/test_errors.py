@@ -89,6 +89,11 @@ EXAMPLES: list[tuple[EngineError, str]] = [
         "done and try again.",
     ),
     (
+        errors.EngineInUseError(ENGINE),
+        "'flux/sm120' is open in a running ComfyUI. Nothing was changed; press 'Free model and "
+        "node cache' there, or close it, and try again.",
+    ),
+    (
         errors.PlanBuildError("single_blocks.3", ["node 'n': no"]),
         "TensorRT cannot build block 'single_blocks.3': node 'n': no. If the ONNX files are older "
         'than this version of the pack, run "Export FLUX FP4 to ONNX" again.',
