@@ -6,13 +6,14 @@ so that nothing is taken from a build that is running, nor from a process that h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from .bakes import BAKES, bake_folders
+from .driver import UNKNOWN, driver_version
 from .engine_state import engine_state
 from .errors import ManifestInvalidError, ManifestMissingError
 from .in_use import is_in_use
@@ -40,9 +41,11 @@ from .removal import (
 from .runtime_cache import CACHE_NAME, cache_owner
 from .store import TEMPORARY_NAME, is_locked, locked_at_once
 
-Kind = Literal[
-    "engine", "bake", "plan", "kernels", "temporary file", "unfinished build", "statistics"
-]
+Kind = Literal["engine", "bake", "plan", "kernels", "temporary file", "unfinished build"]
+
+
+UNUSED_SECONDS = 30 * 86400.0
+"""Baked LoRAs that nobody used for so long can go, unless somebody says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,26 @@ def engine_folders(checkpoint_folder: Path) -> list[Path]:
         for folder in plan_folders(checkpoint_folder)
         if (folder / MANIFEST).is_file() or (folder / UNFINISHED).is_file()
     ]
+
+
+def find_in_store(
+    checkpoints: Mapping[Path, str | None], unused_since: float, quota: int | None
+) -> list[Finding]:
+    """Look through the folders of quantized checkpoints.
+
+    Args:
+        checkpoints: Content digest by folder; None for a checkpoint that cannot be read.
+        unused_since: Bakes that were not used after this time, in seconds since 1970, can go.
+        quota: Bytes that engines and bakes may take; None is no limit.
+    """
+    found = driver_version()
+    driver = None if found == UNKNOWN else found
+    findings: list[Finding] = []
+    for folder, digest in checkpoints.items():
+        findings += find_unneeded(folder, digest, driver, unused_since)
+    if quota is not None:
+        findings += evict(list(checkpoints), findings, quota)
+    return findings
 
 
 def find_unneeded(
