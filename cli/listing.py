@@ -29,7 +29,7 @@ def run(chosen: argparse.Namespace) -> int:
         places = " or ".join(f"'{folder}'" for folder in found["models"])
         print(f"No quantized checkpoint in {places}. The command `quantize` makes one.")
     else:
-        header = ("checkpoint", "model", "recipe", "size", "ONNX", "state")
+        header: tuple[str, ...] = ("checkpoint", "model", "recipe", "size", "ONNX", "state")
         print_table(header, [_checkpoint_row(entry) for entry in checkpoints])
     engines = [engine for entry in checkpoints for engine in entry["engines"]]
     if engines:

@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "engine",
         nargs="?",
-        help="name of an engine: CHECKPOINT/TARGET (default: all that are stale)",
+        help="name of an engine: CHECKPOINT/TARGET (default: all stale ones)",
     )
 
 
@@ -36,10 +36,10 @@ def run(chosen: argparse.Namespace) -> int:
             digest = stored.content_digest
             results += rebuild_stale(stored.folder, digest, export, progress, only)
     for result in results:
-        done = (
-            f"was not built: {result.fault}" if result.fault else f"built again ({result.reason})"
-        )
-        print(f"{result.name}: {done}", file=sys.stderr if result.fault else sys.stdout)
+        if result.fault:
+            print(f"{result.name} was not built: {result.fault}", file=sys.stderr)
+        else:
+            print(f"{result.name} was built again: {result.reason}")
     if not results:
         print(f"{chosen.engine or 'Every engine'} is up to date.")
     return 1 if any(result.fault for result in results) else 0

@@ -39,9 +39,10 @@ def _engine(chosen: argparse.Namespace) -> int:
     from .progress import CommandProgress
 
     folder = existing_engine(model_folders(chosen.models), chosen.name)
-    beside = stored_checkpoint(folder.parent) if holds_checkpoint(folder.parent) else None
+    has_checkpoint = holds_checkpoint(folder.parent)
+    digest = stored_checkpoint(folder.parent).content_digest if has_checkpoint else None
     with CommandProgress() as progress:
-        found = verify_everything(folder, beside and beside.content_digest, progress)
+        found = verify_everything(folder, digest, progress)
     for fault in found.faults:
         print(fault, file=sys.stderr)
     verdict = f"{len(found.faults)} faults" if found.faults else "all as recorded"

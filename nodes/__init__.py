@@ -7,6 +7,7 @@ from comfy_api.latest import ComfyExtension, io
 from .all_in_one import EngineFromCheckpoint
 from .build import BuildEngine
 from .calibration import CalibrationSamples
+from .engine_manager import EngineManager
 from .export import ExportONNX
 from .inspect_checkpoint import Inspect
 from .load import LoadEngine
@@ -34,4 +35,5 @@ class FluxFP4Extension(ComfyExtension):
             EngineFromCheckpoint,
             Inspect,
             SaveNative,
+            EngineManager,
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ import comfy.model_management
 
 from ..quant.quantized_checkpoint import up_to_date_checkpoint
 from . import paths
-from .errors import EngineOutdatedError
+from .errors import EngineOutdatedError, RebuildError
 
 if TYPE_CHECKING:
     from ..quant.calibration import CalibrationSet
@@ -69,6 +70,24 @@ def build(
 
     manifest = build_engine(checkpoint.parent, spec, progress, workers)
     return checkpoint.parent / spec.folder_name, manifest
+
+
+def rebuild_if_stale(engine: Path, progress: NodeProgress) -> None:
+    """Export and build an engine again if only that helps, for what it was built for.
+
+    Raises:
+        RebuildError: It could not be built.
+    """
+    from ..quant.onnx_export import export_missing
+    from ..quant.quantized_checkpoint import QuantizedCheckpoint
+    from ..trt_runtime.rebuild import rebuild_stale
+
+    checkpoint = paths.engine_checkpoint(engine)
+    digest = QuantizedCheckpoint.read(checkpoint).metadata.content_digest
+    export_it = partial(export_missing, checkpoint, progress)
+    for result in rebuild_stale(engine.parent, digest, export_it, progress, [engine]):
+        if result.fault:
+            raise RebuildError([], {result.name: result.fault})
 
 
 def load(engine: Path, backend: str, options: EngineOptions) -> EnginePatcher:

@@ -7,6 +7,12 @@ from pathlib import Path
 
 BUILD_NODE = '"Build TensorRT Engine"'
 EXPORT_NODE = '"Export FLUX FP4 to ONNX"'
+REBUILD = (
+    'Set "if stale" of "Load FLUX FP4 Engine" to "rebuild" and queue again, or run "FLUX FP4 Engine '
+    'Manager" with "rebuild stale" for all engines.'
+)
+"""The shortest way from a stale engine to one that runs."""
+
 OUT_OF_MEMORY = "killed for want of memory"
 
 
@@ -217,7 +223,7 @@ class ManifestInvalidError(EngineError):
 class EngineMismatchError(EngineError):
     """A plan file that differs from its manifest, or a manifest that differs from its sources."""
 
-    action = f"Build it again with {BUILD_NODE}."
+    action = REBUILD
 
     def __init__(self, file: str, problem: str) -> None:
         self.file, self.problem = file, problem
@@ -249,7 +255,7 @@ class EngineVersionError(EngineError):
         self.built_with, self.installed = built_with, installed
         super().__init__(
             f"The engine was built with {built_with}; installed is {installed}, and plans do not "
-            f"move between releases. Build it again with {BUILD_NODE}."
+            f"move between releases. {REBUILD}"
         )
 
 

@@ -79,9 +79,8 @@ def stored_engines(
 
 def bake_bytes(checkpoint_folder: Path) -> int:
     """Return what all baked LoRAs of a checkpoint take."""
-    return size_of(
-        file for bake in bake_folders(checkpoint_folder / BAKES) for file in _files(bake)
-    )
+    bakes = bake_folders(checkpoint_folder / BAKES)
+    return size_of(file for bake in bakes for file in _files(bake))
 
 
 def _files(bake: Path) -> Iterator[Path]:
