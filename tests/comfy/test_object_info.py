@@ -17,6 +17,7 @@ NODE_IDS = {
     "FluxFP4BuildEngine",
     "FluxFP4CalibrationSamples",
     "FluxFP4EngineFromCheckpoint",
+    "FluxFP4EngineManager",
     "FluxFP4ExportONNX",
     "FluxFP4Inspect",
     "FluxFP4LoadEngine",
