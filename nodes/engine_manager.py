@@ -73,8 +73,8 @@ class EngineManager(io.ComfyNode):
                     "action",
                     options=[LIST, REBUILD, VERIFY, COLLECT],
                     default=LIST,
-                    tooltip=f"{LIST}: change nothing. {REBUILD}: build engines again that an update "
-                    "or a new export has made unusable, for what they were built for. "
+                    tooltip=f"{LIST}: change nothing. {REBUILD}: build engines again that an "
+                    "update or a new export has made unusable, for what they were built for. "
                     f"{VERIFY}: read every plan and checkpoint. {COLLECT}: delete what the {LIST} "
                     "of this node showed before.",
                 ),

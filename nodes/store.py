@@ -98,7 +98,7 @@ def deleted(findings: Findings, shown: Collection[Path], progress: NodeProgress)
 
 
 def verified(folders: ModelFolders, only: Path | None, progress: NodeProgress) -> str:
-    """Read every plan and checkpoint; return a line for each that says whether it is as recorded."""
+    """Read every plan and checkpoint; return a line for each: whether it is as recorded."""
     return "\n".join(
         line for stored in _checkpoints(folders, only) for line in _verified(stored, only, progress)
     )
@@ -230,11 +230,8 @@ def _finding_table(findings: Findings) -> str:
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = (
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        for row in rows
-    )
-    return "\n".join(line.rstrip() for line in lines)
+    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    return "\n".join("  ".join(row).rstrip() for row in padded)
 
 
 def _day(seconds: float) -> str:
