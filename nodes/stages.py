@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import comfy.model_management
 
-from ..quant.quantized_checkpoint import up_to_date_checkpoint
 from . import paths
 from .errors import EngineOutdatedError, RebuildError
 
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
     from .engine_model import EngineOptions
     from .engine_patcher import EnginePatcher
     from .progress import NodeProgress
-
-__all__ = ["build", "export", "export_transformer", "load", "quantize", "up_to_date_checkpoint"]
 
 QUANTIZE_BYTES = 3 * 2**30
 """GPU memory that quantization of FLUX.1-dev wants: one double block in bf16 (0.7 GB), its copies

@@ -16,7 +16,7 @@ from pack_import import ROOT
 import_comfyui()
 
 import folder_paths  # noqa: E402
-from flux_fp4.nodes import paths, stages  # noqa: E402
+from flux_fp4.nodes import paths  # noqa: E402
 from flux_fp4.nodes.all_in_one import quantized_name  # noqa: E402
 from flux_fp4.nodes.build import TARGETS, build_spec  # noqa: E402
 from flux_fp4.nodes.errors import (  # noqa: E402
@@ -34,6 +34,7 @@ from flux_fp4.nodes.recipe_inputs import (  # noqa: E402
     recipe_state,
 )
 from flux_fp4.quant.errors import RecipeError  # noqa: E402
+from flux_fp4.quant.quantized_checkpoint import up_to_date_checkpoint  # noqa: E402
 from flux_fp4.quant.recipe import QuantizeOptions  # noqa: E402
 from flux_fp4.trt_runtime import backend  # noqa: E402
 
@@ -173,7 +174,7 @@ def test_file_state_of_nothing_is_none(tmp_path: Path) -> None:
 
 def test_absent_checkpoint_is_not_up_to_date(tmp_path: Path) -> None:
     absent = tmp_path / "x.safetensors"
-    assert stages.up_to_date_checkpoint(tmp_path, absent, QuantizeOptions(), None) is None
+    assert up_to_date_checkpoint(tmp_path, absent, QuantizeOptions(), None) is None
 
 
 def test_all_in_one_names_differ_by_folder_and_every_option() -> None:
