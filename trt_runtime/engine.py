@@ -49,9 +49,6 @@ class Executor(Protocol):
     def limit(self, weight_bytes: int | None) -> None:
         """Set how much GPU memory weights and factors may take, loaded or not."""
 
-    def misses(self, selection: Selection) -> list[str]:
-        """Return the forms of blocks that must be built before they can run."""
-
     def use(self, selection: Selection) -> None:
         """Run what is selected, loaded or not."""
 
@@ -218,10 +215,6 @@ class Engine:
         """What runs."""
         return self._selection
 
-    def misses(self, selection: Selection) -> list[str]:
-        """Return the forms of blocks that `variant_plans.build_selected` must build first."""
-        return self._executor.misses(selection)
-
     def use(self, selection: Selection) -> None:
         """Run other forms of blocks from the next run on.
 
@@ -229,8 +222,9 @@ class Engine:
 
         Raises:
             BlockInputError: The engine has no such block; nothing has changed.
-            BlocksMissingError, VariantPlanMissingError: A block is not there in the form that this
-                backend runs; nothing has changed.
+            BlocksMissingError: A block was not exported in this form; nothing has changed.
+            VariantPlanMissingError: `variant_plans.build_selected` must build forms of blocks
+                first; nothing has changed.
             EngineStaleError: A form is of another checkpoint; nothing has changed.
             AdapterError: Factors do not fit; nothing has changed.
         """

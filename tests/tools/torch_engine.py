@@ -68,9 +68,6 @@ class TorchEngine:
     def activation_bytes(self, batch: int, img_tokens: int, txt_tokens: int) -> int:
         return 1000 * batch * (img_tokens + txt_tokens)
 
-    def misses(self, selection: Selection) -> list[str]:
-        return []
-
     def use(self, selection: Selection) -> None:
         """Add factors to the stock weights, from copies made before the first time."""
         self.selection = selection
