@@ -98,7 +98,7 @@ def problems(
     machine: Machine,
 ) -> list[str]:
     """Return what would stop the work, as sentences."""
-    # the work goes on with this file or frees it; others stay until those that replace them are whole
+    # the work goes on with this file or frees it; others stay until their successors are whole
     unfinished = folder / f".{folder.name}.partial"
     present = unfinished.stat().st_size if unfinished.is_file() else 0
     disk = needs.disk if target else needs.checkpoint + needs.statistics

@@ -24,7 +24,7 @@ from flux_fp4.nodes.errors import (  # noqa: E402
     ArtifactNotFoundError,
     SourceCheckpointError,
 )
-from flux_fp4.nodes.fingerprint import OutputLedger, file_state  # noqa: E402
+from flux_fp4.nodes.fingerprint import OutputLedger, OwnChanges, file_state  # noqa: E402
 from flux_fp4.nodes.load import BACKENDS  # noqa: E402
 from flux_fp4.nodes.quantize import source_state  # noqa: E402
 from flux_fp4.nodes.recipe_inputs import (  # noqa: E402
@@ -166,6 +166,21 @@ def test_ledger_notices_changes_by_others_once(tmp_path: Path, change: Any) -> N
     file.write_text("made again")
     ledger.record("5", [file])
     assert ledger.fingerprint("5") == second
+
+
+def test_a_file_that_a_node_replaced_itself_counts_as_unchanged_for_it(tmp_path: Path) -> None:
+    file, changes = tmp_path / "manifest.json", OwnChanges()
+    file.write_text("stale")
+    first = changes.state("5", file)
+    for text in ("built again", "and once more, longer"):
+        with changes.watched("5", file):
+            file.write_text(text)
+        assert file_state(file) != first
+        assert changes.state("5", file) == first
+        # not for another node, which loaded what was there before
+        assert changes.state("6", file) == file_state(file)
+    file.write_text("by somebody else, longer still")
+    assert changes.state("5", file) == file_state(file)
 
 
 def test_file_state_of_nothing_is_none(tmp_path: Path) -> None:

@@ -10,6 +10,10 @@ from flux_fp4.trt_runtime.errors import EngineError
 
 ONNX = Path("models/flux/single_blocks.3.onnx")
 ENGINE = Path("models/flux/sm120")
+REBUILD = (
+    'Set "if stale" of "Load FLUX FP4 Engine" to "rebuild" and queue again, or run "FLUX FP4 '
+    'Engine Manager" with "rebuild stale" for all engines.'
+)
 
 EXAMPLES: list[tuple[EngineError, str]] = [
     (
@@ -128,11 +132,11 @@ EXAMPLES: list[tuple[EngineError, str]] = [
     ),
     (
         errors.PlanMissingError("a.plan", "is missing"),
-        "'a.plan' is missing. Build it again with \"Build TensorRT Engine\".",
+        f"'a.plan' is missing. {REBUILD}",
     ),
     (
         errors.PlanTruncatedError("a.plan", "has 1 bytes, its manifest says 2"),
-        "'a.plan' has 1 bytes, its manifest says 2. Build it again with \"Build TensorRT Engine\".",
+        f"'a.plan' has 1 bytes, its manifest says 2. {REBUILD}",
     ),
     (
         errors.PlanDigestError("a.plan", "is not the plan"),
@@ -141,12 +145,12 @@ EXAMPLES: list[tuple[EngineError, str]] = [
     ),
     (
         errors.EngineStaleError("a.plan", "is older"),
-        "'a.plan' is older. Build it again with \"Build TensorRT Engine\".",
+        f"'a.plan' is older. {REBUILD}",
     ),
     (
         errors.EngineVersionError("tensorrt_rtx 1.6", "tensorrt_rtx 1.7"),
         "The engine was built with tensorrt_rtx 1.6; installed is tensorrt_rtx 1.7, and plans do "
-        'not move between releases. Build it again with "Build TensorRT Engine".',
+        f"not move between releases. {REBUILD}",
     ),
     (
         errors.EngineTargetError("NVIDIA GeForce RTX 4090", "sm89", ["sm120", "sm121"]),
