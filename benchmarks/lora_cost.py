@@ -24,18 +24,16 @@ from pack_import import register_pack  # noqa: E402
 
 register_pack()
 
-from flux_fp4.quant.onnx_export import export_blocks  # noqa: E402
 from flux_fp4.trt_runtime.adapters import LowRank, factor_shapes  # noqa: E402
 from flux_fp4.trt_runtime.build_log import layers_from_log  # noqa: E402
 from flux_fp4.trt_runtime.contract import variant_name  # noqa: E402
-from flux_fp4.trt_runtime.plan import BuildJob, PlanFactory  # noqa: E402
-from flux_fp4.trt_runtime.plan_build import profile_shapes  # noqa: E402
+from flux_fp4.trt_runtime.plan import PlanFactory  # noqa: E402
+from flux_fp4.trt_runtime.plan_build import block_job  # noqa: E402
 from flux_fp4.trt_runtime.reference import ReferenceExecutor  # noqa: E402
 from flux_fp4.trt_runtime.selection import Selection  # noqa: E402
 from flux_fp4.trt_runtime.signature import read_signature  # noqa: E402
-from flux_fp4.trt_runtime.spec import ShapeProfile  # noqa: E402
-from full_size_blocks import CONFIG, write_checkpoint  # noqa: E402
-from tiny_flux import ignore_progress  # noqa: E402
+from flux_fp4.trt_runtime.spec import BuildSpec  # noqa: E402
+from full_size_blocks import CONFIG, exported_folder  # noqa: E402
 
 RANKS = (16, 64, 128)
 IMG_TOKENS, TXT_TOKENS, ROUNDS = 448, 64, 3
@@ -46,19 +44,8 @@ def build(path: Path, factory: PlanFactory) -> str:
     """Build one ONNX file and return a table row."""
     signature = read_signature(path)
     started = time.monotonic()
-    plan = factory.build(
-        BuildJob(
-            block=signature.block,
-            backend=factory.backend.name,
-            onnx=str(path),
-            plan=str(path.with_suffix(".plan")),
-            targets=("sm120",),
-            profile=profile_shapes(signature, ShapeProfile()),
-            fp4_linears=signature.fp4_linears,
-            fp8_linears=signature.fp8_linears,
-            fp8_attention=signature.fp8_attention,
-        )
-    )
+    job = block_job(signature, path.with_suffix(".plan"), factory.backend, BuildSpec())
+    plan = factory.build(job)
     seconds = time.monotonic() - started
     kernels = len(layers_from_log(factory.messages))
     activations = plan.activation_bytes / 1e6
@@ -109,11 +96,7 @@ def reference_seconds(folder: Path, block: str) -> dict[int, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder / "nvfp4"
-    path = folder / "nvfp4.safetensors"
-    if not path.is_file():
-        write_checkpoint(path, "nvfp4")
-    export_blocks(path, ignore_progress)
+    folder = exported_folder(parser.parse_args().folder)
     factory = PlanFactory("tensorrt_rtx", lambda message: None)
     print("| plan | build, s | kernels | MB | activations, MB |\n|---|---|---|---|---|")
     for block in CONFIG.block_names:

@@ -22,14 +22,12 @@ from pack_import import register_pack  # noqa: E402
 
 register_pack()
 
-from flux_fp4.quant.onnx_export import export_blocks  # noqa: E402
 from flux_fp4.trt_runtime.build_log import activation_bytes, layers_from_log  # noqa: E402
 from flux_fp4.trt_runtime.plan import BuildJob, PlanFactory  # noqa: E402
-from flux_fp4.trt_runtime.plan_build import profile_shapes  # noqa: E402
+from flux_fp4.trt_runtime.plan_build import block_job, profile_shapes  # noqa: E402
 from flux_fp4.trt_runtime.signature import read_signature  # noqa: E402
-from flux_fp4.trt_runtime.spec import ShapeProfile  # noqa: E402
-from full_size_blocks import CONFIG, write_checkpoint  # noqa: E402
-from tiny_flux import ignore_progress  # noqa: E402
+from flux_fp4.trt_runtime.spec import BuildSpec, ShapeProfile  # noqa: E402
+from full_size_blocks import CONFIG, exported_folder  # noqa: E402
 
 TIERS = (4608, 10_240, 17_408)
 TEXT_TOKENS = 512
@@ -59,19 +57,10 @@ def tier(tokens: int) -> ShapeProfile:
 def build(path: Path, factory: TieredFactory, tiers: tuple[int, ...]) -> str:
     """Build one ONNX file with a profile per tier; return a table row."""
     signature = read_signature(path)
-    first, *others = (profile_shapes(signature, tier(tokens)) for tokens in tiers)
-    factory.profiles = others
-    job = BuildJob(
-        block=signature.block,
-        backend=factory.backend.name,
-        onnx=str(path),
-        plan=str(path.with_suffix(".plan")),
-        targets=("sm120",),
-        profile=first,
-        fp4_linears=signature.fp4_linears,
-        fp8_linears=signature.fp8_linears,
-        fp8_attention=signature.fp8_attention,
-    )
+    first, *others = (tier(tokens) for tokens in tiers)
+    factory.profiles = [profile_shapes(signature, profile) for profile in others]
+    spec = BuildSpec(profile=first)
+    job = block_job(signature, path.with_suffix(".plan"), factory.backend, spec)
     started = time.monotonic()
     # without the lint, which knows plans with one profile only
     factory.messages.clear()
@@ -88,11 +77,7 @@ def build(path: Path, factory: TieredFactory, tiers: tuple[int, ...]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder / "nvfp4"
-    path = folder / "nvfp4.safetensors"
-    if not path.is_file():
-        write_checkpoint(path, "nvfp4")
-    export_blocks(path, ignore_progress)
+    folder = exported_folder(parser.parse_args().folder)
     factory = TieredFactory("tensorrt_rtx", lambda message: None)
     print("| block | profiles up to | build, s | kernels | MB | activations, MB |")
     print("|---|---|---|---|---|---|")

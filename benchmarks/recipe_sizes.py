@@ -21,8 +21,12 @@ from pack_import import register_pack  # noqa: E402
 
 register_pack()
 
-from flux_fp4.quant.checkpoint_layout import Layout, checkpoint_layout  # noqa: E402
-from flux_fp4.quant.flux.config import FluxConfig, block_linears  # noqa: E402
+from flux_fp4.quant.checkpoint_layout import (  # noqa: E402
+    Layout,
+    checkpoint_layout,
+    recipe_formats,
+)
+from flux_fp4.quant.flux.config import FluxConfig  # noqa: E402
 from flux_fp4.quant.flux.model import tensor_shapes  # noqa: E402
 from flux_fp4.quant.quantized_checkpoint import is_in_plan  # noqa: E402
 from flux_fp4.quant.recipe import RECIPES, QuantizeOptions, named_recipe  # noqa: E402
@@ -43,9 +47,7 @@ class Shapes:
 def layout_of(recipe: str, modulation: str = "bf16") -> Layout:
     options = QuantizeOptions(recipe=named_recipe(recipe), modulation=modulation)
     source = Shapes(FLUX1_DEV, tensor_shapes(FLUX1_DEV))
-    linears = [f"{b}.{linear}" for b in FLUX1_DEV.block_names for linear in block_linears(b)]
-    formats = {linear: options.recipe.format_of(linear) for linear in linears}
-    return checkpoint_layout(source, formats, options)
+    return checkpoint_layout(source, recipe_formats(FLUX1_DEV, options), options)
 
 
 def gigabytes(layout: Layout, *, in_plans: bool) -> float:

@@ -25,7 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=1, help="pictures per call (default: 1)")
     parser.add_argument("--text-tokens", type=int, default=512, help="longest text (default: 512)")
     parser.add_argument(
-        "--workers", type=int, default=1, help="build processes, about 1 GB each (default: 1)"
+        "--workers",
+        type=int,
+        default=0,
+        help="build processes, about 1 GB each (default: 0, by free cores and memory)",
     )
 
 

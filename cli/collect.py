@@ -5,17 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import OptionError
 from .folders import model_folders
 
 if TYPE_CHECKING:
+    from ..quant.leftovers import Leftover
     from ..quant.model_folders import ModelFolders
-    from ..trt_runtime.cleanup import Finding, Kind
+    from ..trt_runtime.cleanup import Finding
 
 DAY = 86400.0
 
@@ -53,8 +51,8 @@ def run(chosen: argparse.Namespace) -> int:
 
 def find_all(
     folders: ModelFolders, now: float, unused_seconds: float, quota: int | None
-) -> list[Finding]:
-    """Find what can go in a models folder; nothing is deleted.
+) -> list[Finding | Leftover]:
+    """Find what can go in models folders; nothing is deleted.
 
     Args:
         folders: Where to look.
@@ -62,53 +60,16 @@ def find_all(
         unused_seconds: Bakes that were not used for so long can go.
         quota: Bytes that engines and bakes may take; None is no limit.
     """
-    from ..trt_runtime.cleanup import evict, find_unneeded
-    from ..trt_runtime.driver import driver_version
-    from .inventory import content_digest
+    from ..quant.inventory import stored_checkpoints
+    from ..quant.leftovers import find_leftovers
+    from ..trt_runtime.cleanup import find_in_store
 
-    driver = driver_version()
-    known = None if driver == "unknown" else driver
-    checkpoints = sorted(folders.checkpoint_folders())
-    findings: list[Finding] = []
-    for folder in checkpoints:
-        findings += find_unneeded(folder, content_digest(folder), known, now - unused_seconds)
-    if quota is not None:
-        findings += evict(checkpoints, findings, quota)
-    return findings + _quantization_findings(folders, now)
+    digests = {stored.folder: stored.content_digest for stored in stored_checkpoints(folders)}
+    engines = find_in_store(digests, now - unused_seconds, quota)
+    return [*engines, *find_leftovers(folders, now)]
 
 
-def _quantization_findings(folders: ModelFolders, now: float) -> list[Finding]:
-    from ..quant import leftovers
-    from ..trt_runtime.removal import remove_files
-
-    findings = []
-    # nothing tells a running export or calibration from a killed one but its age
-    for path in leftovers.temporary_files(folders):
-        reason = "left by a process that was killed"
-        remove = partial(remove_files, [path])
-        findings.append(_finding("temporary file", path, [path], reason, remove))
-    for path in leftovers.unused_statistics(folders):
-        files = leftovers.statistics_files(path)
-        reason = "no checkpoint here was made with it"
-        remove = partial(leftovers.remove_statistics, path)
-        findings.append(_finding("statistics", path, files, reason, remove))
-    for path in leftovers.unfinished_checkpoints(folders):
-        reason = "the same quantization goes on with it"
-        findings.append(_finding("unfinished build", path, [path], reason, None))
-    return [finding for finding in findings if now - finding.used > DAY]
-
-
-def _finding(
-    kind: Kind, path: Path, files: list[Path], reason: str, remove: Callable[[], int] | None
-) -> Finding:
-    from ..trt_runtime.cleanup import Finding
-    from ..trt_runtime.removal import size_of
-
-    used = max((file.stat().st_mtime for file in files), default=path.stat().st_mtime)
-    return Finding(kind, path, reason, size_of(files), used, remove)
-
-
-def _show(findings: list[Finding], delete: bool) -> None:
+def _show(findings: list[Finding | Leftover], delete: bool) -> None:
     from .tables import print_table
 
     if not findings:
@@ -130,7 +91,7 @@ def _show(findings: list[Finding], delete: bool) -> None:
         print(f"{total / 1e6:,.1f} MB can go; nothing was deleted. Add --delete to delete it.")
 
 
-def _removed(finding: Finding) -> int:
+def _removed(finding: Finding | Leftover) -> int:
     from ..trt_runtime.errors.storage import EngineBusyError
 
     if finding.remove is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -31,11 +32,13 @@ class NameRefusedError(CommandError):
 
 
 class NotFoundError(CommandError):
-    """Nothing of that name lies in the models folder."""
+    """Nothing of that name lies in the models folders."""
 
-    def __init__(self, kind: str, name: str, folder: Path, next_step: str) -> None:
-        self.kind, self.name, self.folder, self.next_step = kind, name, folder, next_step
-        super().__init__(f"There is no {kind} {name!r} in '{folder}'. {next_step}")
+    def __init__(self, kind: str, name: str, folders: Sequence[Path], next_step: str) -> None:
+        self.kind, self.name, self.folders = kind, name, tuple(folders)
+        self.next_step = next_step
+        places = " or ".join(f"'{folder}'" for folder in folders)
+        super().__init__(f"There is no {kind} {name!r} in {places}. {next_step}")
 
 
 class OptionError(CommandError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,20 +23,23 @@ def comfyui_tree() -> Path | None:
     return tree if inside else None
 
 
-def model_folders(models: Path | None) -> ModelFolders:
-    """Return the folder that the user named, or that of the ComfyUI tree around the pack.
+def model_folders(models: Sequence[Path] | None) -> ModelFolders:
+    """Return the folders that the user named, or those of the ComfyUI tree around the pack.
 
     Raises:
         ModelsFolderError: There is none.
     """
     if models is None:
+        from .extra_paths import model_roots
+
         tree = comfyui_tree()
         if tree is None:
             raise ModelsFolderError("The pack does not lie in custom_nodes of a ComfyUI tree")
-        models = tree / "models" / "flux_fp4"
-    elif not models.is_dir():
-        raise ModelsFolderError(f"'{models}' is no folder")
-    return ModelFolders([models.absolute()])
+        return ModelFolders([root.absolute() for root in model_roots(tree)])
+    for folder in models:
+        if not folder.is_dir():
+            raise ModelsFolderError(f"'{folder}' is no folder")
+    return ModelFolders([folder.absolute() for folder in models])
 
 
 def run_history(folders: ModelFolders) -> RunHistory:
@@ -55,7 +59,7 @@ def existing_checkpoint(folders: ModelFolders, name: str) -> Path:
     path = folders.checkpoint(name)
     if path is None:
         step = "The command `list` shows what there is; `quantize` makes one."
-        raise NotFoundError("quantized checkpoint", name, folders.roots[0], step)
+        raise NotFoundError("quantized checkpoint", name, folders.roots, step)
     return path
 
 
@@ -80,5 +84,5 @@ def existing_engine(folders: ModelFolders, name: str) -> Path:
     folder = folders.engine(name)
     if folder is None:
         step = "Engines are named CHECKPOINT/TARGET; `list` shows them, `build` makes one."
-        raise NotFoundError("engine", name, folders.roots[0], step)
+        raise NotFoundError("engine", name, folders.roots, step)
     return folder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from typing import Any
 
 from .folders import model_folders
@@ -25,13 +26,14 @@ def run(chosen: argparse.Namespace) -> int:
         return 0
     checkpoints = found["checkpoints"]
     if not checkpoints:
-        print(f"No quantized checkpoint in '{found['models']}'. The command `quantize` makes one.")
+        places = " or ".join(f"'{folder}'" for folder in found["models"])
+        print(f"No quantized checkpoint in {places}. The command `quantize` makes one.")
     else:
-        header = ("checkpoint", "model", "recipe", "size", "ONNX", "state")
+        header: tuple[str, ...] = ("checkpoint", "model", "recipe", "size", "ONNX", "state")
         print_table(header, [_checkpoint_row(entry) for entry in checkpoints])
     engines = [engine for entry in checkpoints for engine in entry["engines"]]
     if engines:
-        header = ("engine", "targets", "up to", "size", "built with", "state")
+        header = ("engine", "targets", "up to", "size", "built with", "last use", "state")
         print_table(header, [_engine_row(entry) for entry in engines])
     for path in found["unfinished"]:
         print(f"unfinished quantization, the same command goes on with it: {path}")
@@ -62,7 +64,8 @@ def _engine_row(entry: dict[str, Any]) -> tuple[str, ...]:
         limits,
         _megabytes(entry["bytes"]),
         entry.get("built_with", ""),
-        entry["state"],
+        time.strftime("%Y-%m-%d", time.localtime(entry["used"])),
+        entry["state"] + (" (open)" if entry["in_use"] else ""),
     )
 
 

@@ -24,7 +24,8 @@ COMMANDS = {
     "export": ("export", "write the ONNX files of a quantized checkpoint"),
     "build": ("build", "build an engine from the ONNX files of a quantized checkpoint"),
     "bench": ("bench", "measure an engine on this machine, beside bf16 in PyTorch"),
-    "verify": ("verify", "check every digest of an engine"),
+    "rebuild": ("rebuild", "build stale engines again"),
+    "verify": ("verify", "check every digest of a quantized checkpoint or an engine"),
     "quality": ("quality", "measure pictures, or a quantized checkpoint, against the original"),
     "gc": ("collect", "show what is not needed, and delete it on request"),
     "probe": ("native_probes", ""),
@@ -36,6 +37,7 @@ _NODES = {
     "Quantize FLUX to FP4": "quantize",
     "Export FLUX FP4 to ONNX": "export",
     "Build TensorRT Engine": "build",
+    "FLUX FP4 Engine Manager": "rebuild",
 }
 """Errors of the layers below name nodes."""
 
@@ -77,9 +79,11 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--models",
             type=Path,
+            action="append",
             metavar="DIR",
-            help="folder of quantized checkpoints and engines (default: models/flux_fp4 of the "
-            "ComfyUI tree whose custom_nodes holds this pack)",
+            help="folder of quantized checkpoints and engines; may be given several times, what is "
+            "new goes into the first (default: the flux_fp4 folders of the ComfyUI tree whose "
+            "custom_nodes holds this pack, those of its extra_model_paths.yaml included)",
         )
         _module(module).add_arguments(command)
     return parser

@@ -9,6 +9,7 @@ from .build import BuildEngine
 from .calibration import CalibrationSamples
 from .compare_images import CompareImages
 from .compare_models import CompareModels
+from .engine_manager import EngineManager
 from .export import ExportONNX
 from .inspect_checkpoint import Inspect
 from .load import LoadEngine
@@ -38,4 +39,5 @@ class FluxFP4Extension(ComfyExtension):
             CompareModels,
             CompareImages,
             SaveNative,
+            EngineManager,
         ]

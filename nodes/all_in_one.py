@@ -143,6 +143,7 @@ def quantized_name(checkpoint: str, options: QuantizeOptions) -> str:
 def _quantized(
     checkpoint: str, options: QuantizeOptions, target: str, samples: Any, progress: Any
 ) -> Path:
+    from ..quant.quantized_checkpoint import up_to_date_checkpoint
     from ..quant.sources.source import open_source
     from . import preflight, stages
 
@@ -150,7 +151,7 @@ def _quantized(
     name = quantized_name(checkpoint, options)
     destination = paths.new_checkpoint(name)
     digest = None if samples is None else samples.digest()
-    if stages.up_to_date_checkpoint(source, destination, options, digest) is None:
+    if up_to_date_checkpoint(source, destination, options, digest) is None:
         if samples is None:
             raise CalibrationMissingError(checkpoint, name)
         preflight.require(source, options, target, destination.parent)

@@ -175,6 +175,6 @@ def _remove_oldest(root: Path, used: Path) -> None:
     """Keep the bake in use and those that were used last; the caller holds the lock of `root`."""
     # the one in use is not asked for its time: a clock that was set back would make it the oldest
     others = [folder for folder in bake_folders(root) if folder != used]
-    with contextlib.suppress(EngineBusyError):
-        for folder in sorted(others, key=last_used, reverse=True)[KEPT - 1 :]:
+    for folder in sorted(others, key=last_used, reverse=True)[KEPT - 1 :]:
+        with contextlib.suppress(EngineBusyError):
             remove_bake(folder)

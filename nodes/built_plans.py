@@ -17,11 +17,15 @@ def use_built(engine: ModelEngine, selection: Selection) -> None:
     Raises:
         EngineError: A build failed; plans that were finished before are kept.
     """
+    from ..trt_runtime.errors.engine import VariantPlanMissingError
     from ..trt_runtime.resources import AUTOMATIC
     from ..trt_runtime.variant_plans import build_selected
 
-    if engine.misses(selection):
+    try:
+        # looks for the plans itself, which reads every ONNX file
+        engine.use(selection)
+    except VariantPlanMissingError:
         progress = progress_of_running_node()
         build_selected(engine.folder, selection, progress, AUTOMATIC)
         progress.show("")
-    engine.use(selection)
+        engine.use(selection)

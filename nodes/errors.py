@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+from ..trt_runtime.errors import REBUILD
 
 
 class NodeError(Exception):
@@ -104,6 +106,41 @@ class ModelSourceError(NodeError):
         super().__init__(f"This MODEL cannot be quantized: {reason}. {next_step}")
 
 
+class NothingShownError(NodeError):
+    """Something was to be deleted that the user has not seen.
+
+    Attributes:
+        action: What was asked for.
+        before: The action that shows what it would do.
+    """
+
+    def __init__(self, action: str, before: str) -> None:
+        self.action, self.before = action, before
+        super().__init__(
+            f"'{action}' deletes only what this node has shown, once, and nothing is shown since "
+            f"ComfyUI started or since the last time. Choose action '{before}', queue, read what "
+            f"would go, then choose '{action}'."
+        )
+
+
+class RebuildError(NodeError):
+    """Stale engines that could not be built again.
+
+    Attributes:
+        built: Names of those that were.
+        faults: Why not, by the name of the engine.
+    """
+
+    def __init__(self, built: Sequence[str], faults: Mapping[str, str]) -> None:
+        self.built, self.faults = tuple(built), dict(faults)
+        listed = "\n".join(f"- {name}: {fault}" for name, fault in self.faults.items())
+        done = f" Built: {', '.join(self.built)}." if self.built else ""
+        super().__init__(
+            f"{len(self.faults)} engines could not be built again.{done} See what stands in the "
+            f"way of each, and queue again:\n{listed}"
+        )
+
+
 class EngineOutdatedError(NodeError):
     """The engine was built from other weights than those of its quantized checkpoint.
 
@@ -116,8 +153,7 @@ class EngineOutdatedError(NodeError):
         self.engine, self.checkpoint = engine, checkpoint
         super().__init__(
             f"Engine {engine!r} was built before {checkpoint!r} was quantized again, so the two "
-            "hold different weights. Run 'Export FLUX FP4 to ONNX' and 'Build TensorRT Engine' "
-            "again."
+            f"hold different weights. {REBUILD}"
         )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,3 +49,31 @@ class OutputLedger:
             entry.files = {}
             entry.generation += 1
         return entry.generation
+
+
+class OwnChanges:
+    """Has a file that a node itself replaced count as unchanged for that node.
+
+    ComfyUI asks for the fingerprint before the node runs. With the state of a file in it that the
+    node replaces while it runs, the next run would find another fingerprint and do everything
+    downstream again for nothing.
+    """
+
+    def __init__(self) -> None:
+        self._changes: dict[tuple[str, Path], tuple[FileState, FileState]] = {}
+
+    @contextlib.contextmanager
+    def watched(self, node_id: str, path: Path) -> Iterator[None]:
+        """Take what happens to a file in the block as done by a node of the graph."""
+        counted = self.state(node_id, path)
+        before = file_state(path)
+        yield
+        after = file_state(path)
+        if after != before:
+            self._changes[node_id, path] = (counted, after)
+
+    def state(self, node_id: str, path: Path) -> FileState:
+        """Return a file's state, or that before the node replaced it."""
+        found = file_state(path)
+        counted, replaced = self._changes.get((node_id, path), (found, found))
+        return counted if found == replaced else found

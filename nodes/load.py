@@ -8,7 +8,7 @@ from comfy_api.latest import io, ui
 
 from . import paths
 from .failures import told
-from .fingerprint import file_state
+from .fingerprint import OwnChanges, file_state
 from .schema import CATEGORY, description
 
 if TYPE_CHECKING:
@@ -66,12 +66,25 @@ CUDA_GRAPHS = io.Boolean.Input(
     optional=True,
     advanced=True,
 )
+REFUSE, REBUILD = "refuse", "rebuild"
+IF_STALE = io.Combo.Input(
+    "if_stale",
+    display_name="if stale",
+    options=[REFUSE, REBUILD],
+    default=REFUSE,
+    optional=True,
+    tooltip="What to do with an engine that an update of TensorRT, another export or another "
+    "quantization has made unusable. refuse: an error that says why. rebuild: export and build it "
+    "again for what it was built for, then load it; the node shows how far it is.",
+)
 MODEL_OUTPUT = "MODEL for any sampler. Works with ControlNet, references and block patches."
 
 
 class LoadEngine(io.ComfyNode):
     """Loads a FLUX FP4 engine as MODEL. Engines are executable code: load only those that were
     built on this machine."""
+
+    rebuilds = OwnChanges()
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -94,6 +107,7 @@ class LoadEngine(io.ComfyNode):
                 MODULATION,
                 ENGINE_MEMORY,
                 CUDA_GRAPHS,
+                IF_STALE,
             ],
             outputs=[io.Model.Output(display_name="model", tooltip=MODEL_OUTPUT)],
         )
@@ -103,8 +117,8 @@ class LoadEngine(io.ComfyNode):
         if engine is None:
             return None
         folder = paths.engine_folder(engine)
-        files = (folder / paths.MANIFEST, paths.engine_checkpoint(folder))
-        return [file_state(file) for file in files]
+        manifest = cls.rebuilds.state(cls.hidden.unique_id, folder / paths.MANIFEST)
+        return [manifest, file_state(paths.engine_checkpoint(folder))]
 
     @classmethod
     @told
@@ -116,14 +130,19 @@ class LoadEngine(io.ComfyNode):
         modulation_memory: str = MAIN_MEMORY,
         engine_memory: float = 0.0,
         cuda_graphs: bool = False,
+        if_stale: str = REFUSE,
     ) -> io.NodeOutput:
         from . import reports, stages
         from .progress import NodeProgress
 
+        folder, progress = paths.engine_folder(engine), NodeProgress(cls.hidden.unique_id)
+        if if_stale == REBUILD:
+            with cls.rebuilds.watched(cls.hidden.unique_id, folder / paths.MANIFEST):
+                stages.rebuild_if_stale(folder, progress)
         options = engine_options(lora, modulation_memory, engine_memory, cuda_graphs)
-        model = stages.load(paths.engine_folder(engine), backend, options)
+        model = stages.load(folder, backend, options)
         text = reports.model_summary(engine, model)
-        NodeProgress(cls.hidden.unique_id).show(text)
+        progress.show(text)
         return io.NodeOutput(model, ui=ui.PreviewText(text))
 
 

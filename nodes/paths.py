@@ -71,7 +71,7 @@ def source_files(name: str) -> list[Path]:
 
 def user_recipes() -> list[str]:
     """List the names of the user's own recipes, ``recipes/<name>.yaml`` in the model folder."""
-    roots = _folders().roots
+    roots = model_folders().roots
     return sorted({path.stem for root in roots for path in (root / RECIPES).glob("*.yaml")})
 
 
@@ -81,7 +81,7 @@ def user_recipe(name: str) -> Path:
     Raises:
         ArtifactNotFoundError: There is none of that name, or the name is not a plain one.
     """
-    path = _folders().recipe(name)
+    path = model_folders().recipe(name)
     if path is None:
         raise ArtifactNotFoundError(
             "recipe", name, "Choose another one in 'recipe', or press R to refresh the lists."
@@ -91,27 +91,27 @@ def user_recipe(name: str) -> Path:
 
 def statistics_folder() -> Path:
     """Return the folder of calibration statistics, which all quantized checkpoints share."""
-    return _folders().statistics
+    return model_folders().statistics
 
 
 def durations_folder() -> Path:
     """Return the folder that tells how long the stages took on each machine."""
-    return _folders().durations
+    return model_folders().durations
 
 
 def quantized_checkpoints() -> list[str]:
     """List the names of all quantized checkpoints."""
-    return _folders().checkpoints()
+    return model_folders().checkpoints()
 
 
 def exported_checkpoints() -> list[str]:
     """List the names of quantized checkpoints with an ONNX export beside them."""
-    return _folders().exported()
+    return model_folders().exported()
 
 
 def engines() -> list[str]:
     """List the names of all engines, newest first."""
-    return _folders().engines()
+    return model_folders().engines()
 
 
 def quantized_checkpoint(name: str) -> Path:
@@ -120,7 +120,7 @@ def quantized_checkpoint(name: str) -> Path:
     Raises:
         ArtifactNotFoundError: There is none of that name, or the name is not a plain one.
     """
-    path = _folders().checkpoint(name)
+    path = model_folders().checkpoint(name)
     if path is None:
         raise ArtifactNotFoundError(
             "quantized checkpoint",
@@ -139,7 +139,7 @@ def new_checkpoint(name: str) -> Path:
     fault = name_fault(name)
     if fault is not None:
         raise ArtifactNameError(name, fault)
-    return _folders().new_checkpoint(name)
+    return model_folders().new_checkpoint(name)
 
 
 def name_verdict(name: str | None, node: str) -> bool | str:
@@ -162,7 +162,7 @@ def samples_file(name: str) -> Path:
     fault = name_fault(name)
     if fault is not None:
         raise ArtifactNameError(name, fault, "FLUX Calibration Samples")
-    return _folders().samples(name)
+    return model_folders().samples(name)
 
 
 def native_checkpoint(name: str) -> Path:
@@ -187,7 +187,7 @@ def engine_folder(name: str) -> Path:
     Raises:
         ArtifactNotFoundError: There is none of that name, or the name is not a plain one.
     """
-    folder = _folders().engine(name)
+    folder = model_folders().engine(name)
     if folder is None:
         raise ArtifactNotFoundError(
             "engine", name, "Make it with 'Build TensorRT Engine' or choose another one."
@@ -205,6 +205,10 @@ def engine_name(engine: Path) -> str:
     return f"{engine.parent.name}/{engine.name}"
 
 
+def model_folders() -> ModelFolders:
+    return ModelFolders([Path(path) for path in folder_paths.get_folder_paths(MODEL_FOLDER)])
+
+
 def _index(name: str) -> str | None:
     """Return the listed name of the index that a shard belongs to, if it lies beside the shard."""
     shard = _SHARD.fullmatch(name)
@@ -213,7 +217,3 @@ def _index(name: str) -> str | None:
         return None
     index = f"{shard[1]}.safetensors.index.json"
     return index if Path(path).with_name(os.path.basename(index)).is_file() else None
-
-
-def _folders() -> ModelFolders:
-    return ModelFolders([Path(path) for path in folder_paths.get_folder_paths(MODEL_FOLDER)])

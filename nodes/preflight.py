@@ -88,18 +88,24 @@ def require(source: FluxSource, options: QuantizeOptions, target: str | None, fo
     """
     from ..quant.needs import needs_of
 
-    found = problems(source, options, target, folder, needs_of(source, options))
+    needs = needs_of(source, options)
+    found = problems(source, options, target, folder, needs, Machine.at(folder))
     if found:
         raise PreflightError(folder.name, found)
 
 
 def problems(
-    source: FluxSource, options: QuantizeOptions, target: str | None, folder: Path, needs: Needs
+    source: FluxSource,
+    options: QuantizeOptions,
+    target: str | None,
+    folder: Path,
+    needs: Needs,
+    machine: Machine,
 ) -> list[str]:
     """Return what would stop the work, as sentences."""
-    machine = Machine.at(folder)
-    # what an earlier run has written already is free again, or is not written again
-    present = sum(file.stat().st_size for file in folder.glob("**/*") if file.is_file())
+    # the work goes on with this file or frees it; others stay until their successors are whole
+    unfinished = folder / f".{folder.name}.partial"
+    present = unfinished.stat().st_size if unfinished.is_file() else 0
     disk = needs.disk if target else needs.checkpoint + needs.statistics
     found = folder_problems(machine, folder, max(0, disk - present))
     found += memory_problems(machine, max(needs.memory, _worker_bytes(needs) if target else 0))
@@ -123,7 +129,7 @@ def report(source: FluxSource, options: QuantizeOptions, target: str, folder: Pa
         f"{gigabytes(machine.free_memory)} free",
         f"GPU of this machine: {_gpu_sentence(target)}",
     ]
-    found = problems(source, options, target, folder, needs)
+    found = problems(source, options, target, folder, needs, machine)
     lines += [f"PROBLEM: {problem}" for problem in found] or ["Nothing stands in the way."]
     return "\n".join(lines)
 

@@ -155,12 +155,13 @@ def _quantized(
     name: str,
     options: QuantizeOptions,
 ) -> io.NodeOutput:
+    from ..quant.quantized_checkpoint import up_to_date_checkpoint
     from . import preflight, reports, stages
     from .progress import NodeProgress
 
     destination = paths.new_checkpoint(name)
     progress = NodeProgress(node.hidden.unique_id)
-    quantized = stages.up_to_date_checkpoint(source, destination, options, samples.digest())
+    quantized = up_to_date_checkpoint(source, destination, options, samples.digest())
     if quantized is None:
         preflight.require(source, options, None, destination.parent)
         quantized = stages.quantize(source, destination, samples, options, progress)

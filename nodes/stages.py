@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import comfy.model_management
 
-from ..quant.quantized_checkpoint import up_to_date_checkpoint
 from . import paths
-from .errors import EngineOutdatedError
+from .errors import EngineOutdatedError, RebuildError
 
 if TYPE_CHECKING:
     from ..quant.calibration import CalibrationSet
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from .engine_model import EngineOptions
     from .engine_patcher import EnginePatcher
     from .progress import NodeProgress
-
-__all__ = ["build", "export", "export_transformer", "load", "quantize", "up_to_date_checkpoint"]
 
 QUANTIZE_BYTES = 3 * 2**30
 """GPU memory that quantization of FLUX.1-dev wants: one double block in bf16 (0.7 GB), its copies
@@ -89,6 +87,24 @@ def run_history() -> RunHistory:
 
     gpu = probe_gpu(comfy.model_management.get_torch_device()).name
     return RunHistory(paths.durations_folder(), machine_identity(gpu))
+
+
+def rebuild_if_stale(engine: Path, progress: NodeProgress) -> None:
+    """Export and build an engine again if only that helps, for what it was built for.
+
+    Raises:
+        RebuildError: It could not be built.
+    """
+    from ..quant.onnx_export import export_missing
+    from ..quant.quantized_checkpoint import QuantizedCheckpoint
+    from ..trt_runtime.rebuild import rebuild_stale
+
+    checkpoint = paths.engine_checkpoint(engine)
+    digest = QuantizedCheckpoint.read(checkpoint).metadata.content_digest
+    export_it = partial(export_missing, checkpoint, progress)
+    for result in rebuild_stale(engine.parent, digest, export_it, progress, [engine]):
+        if result.fault:
+            raise RebuildError([], {result.name: result.fault})
 
 
 def load(engine: Path, backend: str, options: EngineOptions) -> EnginePatcher:

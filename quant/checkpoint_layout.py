@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
+from .flux.config import FluxConfig, block_linears
 from .modulation import is_modulation_weight, modulation_layout
 from .nvfp4 import NVFP4_BLOCK
 from .quantized_checkpoint import is_in_plan
@@ -13,6 +14,12 @@ from .recipe import Format, QuantizeOptions
 from .sources.source import FluxSource
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+def recipe_formats(config: FluxConfig, options: QuantizeOptions) -> dict[str, Format]:
+    """Return the format of every Linear by its full name, as far as the recipe alone decides it."""
+    linears = [f"{b}.{linear}" for b in config.block_names for linear in block_linears(b)]
+    return {linear: options.recipe.format_of(linear) for linear in linears}
 
 
 def checkpoint_layout(

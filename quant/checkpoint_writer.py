@@ -26,6 +26,7 @@ from blake3 import blake3
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+from .content_digest import content_digest
 from .errors.files import CheckpointBusyError, DiskFullError, FolderNotWritableError
 from .journal import Journal
 from .quantized_checkpoint import METADATA_KEY, QuantizedMetadata
@@ -174,10 +175,7 @@ class CheckpointWriter:
         missing = sorted(set(self._layout) - set(self._digests))
         if missing:
             raise ValueError(f"{len(missing)} tensors were never written, first: {missing[0]}")
-        digest = blake3()
-        for name in sorted(self._digests):
-            digest.update(f"{name}\0{self._digests[name]}\0".encode())
-        return digest.hexdigest()
+        return content_digest(self._digests)
 
     def finish(self, metadata: QuantizedMetadata) -> None:
         """Write the header, flush to disk and give the file its name."""

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .checkpoint_layout import Layout, checkpoint_layout
-from .flux.config import block_linears
+from .checkpoint_layout import Layout, checkpoint_layout, recipe_formats
 from .quantized_checkpoint import is_in_plan
 from .recipe import QuantizeOptions
 from .sources.source import FluxSource
@@ -64,8 +63,8 @@ def needs_of(source: FluxSource, options: QuantizeOptions) -> Needs:
         source: What would be quantized.
         options: How.
     """
-    linears = [f"{b}.{linear}" for b in source.config.block_names for linear in block_linears(b)]
-    formats = {linear: options.recipe.format_of(linear) for linear in linears}
+    formats = recipe_formats(source.config, options)
+    linears = list(formats)
     layout = checkpoint_layout(source, formats, options)
     in_plans = {name: entry for name, entry in layout.items() if is_in_plan(name)}
     by_block: dict[str, Layout] = defaultdict(dict)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -13,14 +12,13 @@ import torch
 from .auto_formats import choose_formats
 from .block_writing import BlockWork, block_reports, write_blocks, write_kept
 from .calibration import CalibrationSet
-from .checkpoint_layout import Layout, checkpoint_layout
+from .checkpoint_layout import Layout, checkpoint_layout, recipe_formats
 from .checkpoint_writer import CheckpointWriter
 from .durations import FINISH, IN_BLOCKS, bytes_outside
 from .errors.sources import NoiseCheckpointError
-from .flux.config import block_linears
 from .progress import Progress, Record, unrecorded
 from .quantized_checkpoint import QuantizedCheckpoint, QuantizedMetadata, finite_or_limit
-from .recipe import Format, QuantizeOptions
+from .recipe import QuantizeOptions
 from .sources.source import FluxSource
 from .stack import collect_statistics, compute_dtype
 from .statistics_files import StatisticsFolder
@@ -73,7 +71,7 @@ def quantize_checkpoint(
     started = time.monotonic()
     dtype = dtype or compute_dtype(device)
     folder = StatisticsFolder(statistics, source.digest(), calibration.digest())
-    formats = _recipe_formats(source, options)
+    formats = recipe_formats(source.config, options)
     # minutes of calibration later would be too late to find out
     CheckpointWriter(destination, checkpoint_layout(source, formats, options), "").check_disk()
     collect_statistics(source, calibration, folder, progress, device, dtype, record)
@@ -112,15 +110,6 @@ def _write_rest(work: BlockWork, layout: Layout, writer: CheckpointWriter) -> No
     for name in work.source.shapes:
         if not name.startswith(IN_BLOCKS):
             write_kept(work.source.tensors([name]), work, layout, writer)
-
-
-def _recipe_formats(source: FluxSource, options: QuantizeOptions) -> dict[str, Format]:
-    names = _linear_names(source.config.block_names)
-    return {name: options.recipe.format_of(name) for name in names}
-
-
-def _linear_names(blocks: Iterable[str]) -> list[str]:
-    return [f"{block}.{linear}" for block in blocks for linear in block_linears(block)]
 
 
 def _check_predicts(source: FluxSource, folder: StatisticsFolder) -> None:

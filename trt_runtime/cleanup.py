@@ -1,20 +1,22 @@
 """What of an engine store can go: stale engines, plans nobody names, old kernels, unused bakes.
 
 Finding deletes nothing. Each finding knows how it is deleted, which takes the lock of its folder,
-so that nothing is taken from a build that is running.
+so that nothing is taken from a build that is running, nor from a process that has it open.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from .bakes import BAKES, bake_folders
+from .driver import UNKNOWN, driver_version
 from .engine_state import engine_state
 from .errors.engine import ManifestInvalidError, ManifestMissingError
+from .in_use import is_in_use
 from .last_use import last_used
 from .manifest import (
     BAKED,
@@ -39,9 +41,11 @@ from .removal import (
 from .runtime_cache import CACHE_NAME, cache_owner
 from .store import TEMPORARY_NAME, is_locked, locked_at_once
 
-Kind = Literal[
-    "engine", "bake", "plan", "kernels", "temporary file", "unfinished build", "statistics"
-]
+Kind = Literal["engine", "bake", "plan", "kernels", "temporary file", "unfinished build"]
+
+
+UNUSED_SECONDS = 30 * 86400.0
+"""Baked LoRAs that nobody used for so long can go, unless somebody says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,26 @@ def engine_folders(checkpoint_folder: Path) -> list[Path]:
     ]
 
 
+def find_in_store(
+    checkpoints: Mapping[Path, str | None], unused_since: float, quota: int | None
+) -> list[Finding]:
+    """Look through the folders of quantized checkpoints.
+
+    Args:
+        checkpoints: Content digest by folder; None for a checkpoint that cannot be read.
+        unused_since: Bakes that were not used after this time, in seconds since 1970, can go.
+        quota: Bytes that engines and bakes may take; None is no limit.
+    """
+    found = driver_version()
+    driver = None if found == UNKNOWN else found
+    findings: list[Finding] = []
+    for folder, digest in checkpoints.items():
+        findings += find_unneeded(folder, digest, driver, unused_since)
+    if quota is not None:
+        findings += evict(list(checkpoints), findings, quota)
+    return findings
+
+
 def find_unneeded(
     checkpoint_folder: Path,
     checkpoint_digest: str | None,
@@ -91,13 +115,15 @@ def find_unneeded(
     """
     for folder in plan_folders(checkpoint_folder):
         state = engine_state(folder, checkpoint_digest)
-        if is_locked(folder):
+        if _is_busy(folder):
             continue
         if state.is_stale:
             yield engine_finding(folder, state.fault)
             continue
         yield from _parts(folder, state.manifest, driver)
     for bake in bake_folders(checkpoint_folder / BAKES):
+        if is_in_use(bake):
+            continue
         reason = _bake_fault(bake, checkpoint_digest, unused_since)
         if reason:
             yield bake_finding(bake, reason)
@@ -151,10 +177,15 @@ def evict(
     for finding in sorted(kept, key=lambda finding: finding.used):
         if excess <= 0:
             break
-        if not is_locked(finding.path) and not is_locked(finding.path.parent):
+        # the lock of a bake is that of the folder of all bakes
+        if not _is_busy(finding.path) and not is_locked(finding.path.parent):
             chosen.append(replace(finding, reason=reason))
             excess -= finding.bytes
     return chosen
+
+
+def _is_busy(folder: Path) -> bool:
+    return is_locked(folder) or is_in_use(folder)
 
 
 def _bytes_within(folder: Path, findings: Sequence[Finding]) -> int:

@@ -6,6 +6,8 @@ import ctypes
 import functools
 import sys
 
+UNKNOWN = "unknown"
+
 _BUFFER_BYTES = 80
 """NVML_SYSTEM_DRIVER_VERSION_BUFFER_SIZE of nvml.h."""
 
@@ -16,12 +18,12 @@ def driver_version() -> str:
     try:
         nvml = ctypes.CDLL("nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1")
     except OSError:
-        return "unknown"
+        return UNKNOWN
     if nvml.nvmlInit_v2() != 0:
-        return "unknown"
+        return UNKNOWN
     try:
         buffer = ctypes.create_string_buffer(_BUFFER_BYTES)
         failed = nvml.nvmlSystemGetDriverVersion(buffer, _BUFFER_BYTES)
-        return "unknown" if failed else buffer.value.decode(errors="replace")
+        return UNKNOWN if failed else buffer.value.decode(errors="replace")
     finally:
         nvml.nvmlShutdown()

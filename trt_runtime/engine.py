@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Mapping
@@ -10,11 +11,12 @@ from typing import Protocol
 
 import torch
 
-from .backend import choose_backend, probe_gpu
+from .backend import BackendChoice, choose_backend, probe_gpu
 from .block_call import AcceptedCall, accepted_call, batch_parts
 from .contract import MASK, MASK_SHAPE, TensorSpec
 from .errors.backend import BackendUnusableError
 from .errors.run import BlockInputError
+from .in_use import InUseMark
 from .last_use import mark_used
 from .manifest import EngineManifest, PlanEntry, load_manifest, verify_engine
 from .selection import Selection
@@ -48,9 +50,6 @@ class Executor(Protocol):
     def limit(self, weight_bytes: int | None) -> None:
         """Set how much GPU memory weights and factors may take, loaded or not."""
 
-    def misses(self, selection: Selection) -> list[str]:
-        """Return the forms of blocks that must be built before they can run."""
-
     def use(self, selection: Selection) -> None:
         """Run what is selected, loaded or not."""
 
@@ -75,6 +74,7 @@ class Engine:
         backend_name: str,
         backend_reason: str,
         self_test: SelfTest | None = None,
+        mark: InUseMark | None = None,
     ) -> None:
         self.manifest = manifest
         self.folder = folder
@@ -82,6 +82,9 @@ class Engine:
         self.backend_reason = backend_reason
         self._executor = executor
         self._self_test = self_test
+        # as long as the engine can be loaded again, nobody may delete it
+        self._mark = mark
+        self._bake_mark: InUseMark | None = None
         self._selection = Selection()
         self._limit: int | None = None
         self._entries = {entry.block: entry for entry in manifest.blocks}
@@ -97,6 +100,8 @@ class Engine:
     ) -> Engine:
         """Check an engine folder and choose the backend; nothing is loaded yet.
 
+        The folder is marked as in use until the engine is forgotten.
+
         Args:
             engine_dir: Folder with manifest.json.
             backend: "auto", "reference", or the library that the plans are for.
@@ -108,24 +113,31 @@ class Engine:
         """
         manifest = load_manifest(engine_dir)
         choice = choose_backend(backend, manifest.backend, manifest.targets, probe_gpu(device))
-        verify_engine(engine_dir, manifest, choice.backend)
+        with contextlib.ExitStack() as failing:
+            # marked before it is checked: what is checked stays
+            mark = InUseMark(engine_dir)
+            failing.callback(mark.release)
+            verify_engine(engine_dir, manifest, choice.backend)
+            executor = cls._executor_of(engine_dir, manifest, choice, cuda_graphs)
+            failing.pop_all()
+        self_test = SelfTest(engine_dir, manifest)
+        return cls(engine_dir, manifest, executor, choice.name, choice.reason, self_test, mark)
+
+    @staticmethod
+    def _executor_of(
+        engine_dir: Path, manifest: EngineManifest, choice: BackendChoice, cuda_graphs: bool
+    ) -> Executor:
         if choice.reason:
             logger.info("FLUX FP4 runs on the reference backend (CPU): %s", choice.reason)
-        executor: Executor
         if choice.backend is None:
             from .reference import ReferenceExecutor
 
-            executor = ReferenceExecutor(engine_dir.parent)
-        else:
-            from .executor import TensorRTExecutor
+            return ReferenceExecutor(engine_dir.parent)
+        from .executor import TensorRTExecutor
 
-            if cuda_graphs and not choice.backend.has_cuda_graphs:
-                raise BackendUnusableError(choice.name, "it has no CUDA graphs of its own")
-            executor = TensorRTExecutor(
-                engine_dir, manifest, choice.backend, cuda_graphs=cuda_graphs
-            )
-        self_test = SelfTest(engine_dir, manifest)
-        return cls(engine_dir, manifest, executor, choice.name, choice.reason, self_test)
+        if cuda_graphs and not choice.backend.has_cuda_graphs:
+            raise BackendUnusableError(choice.name, "it has no CUDA graphs of its own")
+        return TensorRTExecutor(engine_dir, manifest, choice.backend, cuda_graphs=cuda_graphs)
 
     @property
     def loaded(self) -> bool:
@@ -204,10 +216,6 @@ class Engine:
         """What runs."""
         return self._selection
 
-    def misses(self, selection: Selection) -> list[str]:
-        """Return the forms of blocks that `variant_plans.build_selected` must build first."""
-        return self._executor.misses(selection)
-
     def use(self, selection: Selection) -> None:
         """Run other forms of blocks from the next run on.
 
@@ -215,15 +223,23 @@ class Engine:
 
         Raises:
             BlockInputError: The engine has no such block; nothing has changed.
-            BlocksMissingError, VariantPlanMissingError: A block is not there in the form that this
-                backend runs; nothing has changed.
+            BlocksMissingError: A block was not exported in this form; nothing has changed.
+            VariantPlanMissingError: `variant_plans.build_selected` must build forms of blocks
+                first; nothing has changed.
             EngineStaleError: A form is of another checkpoint; nothing has changed.
             AdapterError: Factors do not fit; nothing has changed.
         """
         for block in (*selection.adapters, *(selection.baked.blocks if selection.baked else ())):
             self._entry(block)
-        self._executor.use(selection)
-        self._selection = selection
+        with contextlib.ExitStack() as failing:
+            mark = InUseMark(selection.baked.folder) if selection.baked else None
+            if mark is not None:
+                failing.callback(mark.release)
+            self._executor.use(selection)
+            failing.pop_all()
+        self._selection, former, self._bake_mark = selection, self._bake_mark, mark
+        if former is not None:
+            former.release()
         self._entries = {
             entry.block: _with_mask(entry, self.manifest.high_precision)
             if selection.masked

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from .backend import load_backend
+from .backend import Gpu, load_backend
 from .errors.backend import BackendMissingError, EngineVersionError
 from .errors.engine import (
     EngineStaleError,
@@ -34,12 +34,15 @@ class EngineState:
     is_stale: bool = False
 
 
-def engine_state(engine_dir: Path, checkpoint_digest: str | None) -> EngineState:
+def engine_state(
+    engine_dir: Path, checkpoint_digest: str | None, gpu: Gpu | None = None
+) -> EngineState:
     """Return the state of an engine.
 
     Args:
         engine_dir: Folder of the plans.
         checkpoint_digest: Content digest of the quantized checkpoint beside it; None if unknown.
+        gpu: What it would run on; None does not ask for which GPU it is.
     """
     try:
         manifest = load_manifest(engine_dir)
@@ -51,7 +54,13 @@ def engine_state(engine_dir: Path, checkpoint_digest: str | None) -> EngineState
         return EngineState(engine_dir, None, fault, any(plan_files(engine_dir)))
     if checkpoint_digest is not None and manifest.checkpoint_digest != checkpoint_digest:
         return EngineState(engine_dir, manifest, "quantized again after the build", True)
-    return _checked(engine_dir, manifest)
+    state = _checked(engine_dir, manifest)
+    if state.fault or gpu is None or gpu.problem or gpu.sm in manifest.targets:
+        return state
+    # for another machine it may be just right: that is not stale
+    targets = " and ".join(target.upper() for target in manifest.targets)
+    fault = f"other target: built for {targets}, this GPU is {gpu.sm.upper()} ({gpu.name})"
+    return EngineState(engine_dir, manifest, fault)
 
 
 def _checked(engine_dir: Path, manifest: EngineManifest) -> EngineState:

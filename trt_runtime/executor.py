@@ -22,7 +22,7 @@ from .plan_pool import PlanPool, bytes_within
 from .runtime_cache import RuntimeCache, cache_name
 from .selection import Selection
 from .self_test import Machine
-from .variant_plans import SelectedPlan, selected_plans
+from .variant_plans import selected_plans
 
 
 class TensorRTExecutor:
@@ -133,11 +133,6 @@ class TensorRTExecutor:
         """What loaded plans run on."""
         return self._machine() if self.loaded else None
 
-    def misses(self, selection: Selection) -> list[str]:
-        """Return the names of the forms that must be built before `use`."""
-        found = selected_plans(self._engine_dir, self._manifest, selection)
-        return self._missing(selection, found)
-
     def use(self, selection: Selection) -> None:
         """Run what is selected from the next run on; what does not change stays loaded.
 
@@ -147,7 +142,8 @@ class TensorRTExecutor:
             EngineError: A plan could not be loaded; nothing stays loaded then.
         """
         found = selected_plans(self._engine_dir, self._manifest, selection)
-        missing = self._missing(selection, found)
+        blocks = self._manifest.expected_blocks
+        missing = [selection.name_of(block) for block in blocks if block not in found]
         if missing:
             raise VariantPlanMissingError(missing)
         inputs = {
@@ -157,10 +153,6 @@ class TensorRTExecutor:
         self._factors.replace(inputs, TORCH_DTYPES[self._manifest.high_precision])
         self._selected = found
         self._settle_if_loaded()
-
-    def _missing(self, selection: Selection, found: Mapping[str, SelectedPlan]) -> list[str]:
-        blocks = self._manifest.expected_blocks
-        return [selection.name_of(block) for block in blocks if block not in found]
 
     def run(self, block: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Enqueue one block; the results are valid on torch's current stream.

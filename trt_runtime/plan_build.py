@@ -72,7 +72,8 @@ class PlanBuild:
                 self.entries[signature.block] = entry
             else:
                 self.wanted[signature.block] = wanted
-                jobs.append(self._job(signature, wanted))
+                plan = self.engine_dir / wanted.file
+                jobs.append(block_job(signature, plan, self.backend, self.spec))
         return jobs
 
     def automatic_workers(self) -> int:
@@ -142,19 +143,6 @@ class PlanBuild:
             build_seconds=0,
         )
 
-    def _job(self, signature: BlockSignature, wanted: PlanEntry) -> BuildJob:
-        return BuildJob(
-            block=signature.block,
-            backend=self.backend.name,
-            onnx=str(signature.path.resolve()),
-            plan=str((self.engine_dir / wanted.file).resolve()),
-            targets=self.spec.targets,
-            profile=profile_shapes(signature, self.spec.profile),
-            fp4_linears=signature.fp4_linears,
-            fp8_linears=signature.fp8_linears,
-            fp8_attention=signature.fp8_attention,
-        )
-
     def manifest(self) -> EngineManifest:
         """Return a manifest of the plans that are stored so far."""
         first = self.signatures[0]
@@ -175,6 +163,28 @@ class PlanBuild:
             depth_single_blocks=first.depth_single_blocks,
             blocks=tuple(self.entries[block] for block in order),
         )
+
+
+def block_job(signature: BlockSignature, plan: Path, backend: Backend, spec: BuildSpec) -> BuildJob:
+    """Return the job of a worker that builds one block.
+
+    Args:
+        signature: Of its ONNX file.
+        plan: The file to write.
+        backend: The library.
+        spec: Targets and profile.
+    """
+    return BuildJob(
+        block=signature.block,
+        backend=backend.name,
+        onnx=str(signature.path.resolve()),
+        plan=str(plan.resolve()),
+        targets=spec.targets,
+        profile=profile_shapes(signature, spec.profile),
+        fp4_linears=signature.fp4_linears,
+        fp8_linears=signature.fp8_linears,
+        fp8_attention=signature.fp8_attention,
+    )
 
 
 def profile_shapes(

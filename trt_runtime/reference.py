@@ -87,11 +87,6 @@ class ReferenceExecutor:
         """No machine to test: this is what tests compare with."""
         return None
 
-    def misses(self, selection: Selection) -> list[str]:
-        """Return nothing: what runs are the exported forms themselves."""
-        del selection
-        return []
-
     def use(self, selection: Selection) -> None:
         """Run what is selected from the next run on; what does not change stays loaded.
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from .bakes import BLOCKS, MANIFESTS
 from .contract import BLOCK_NAME
+from .errors.storage import EngineInUseError
+from .in_use import MARK_NAME, is_in_use
 from .last_use import LAST_USED, last_used
 from .manifest import PLAN_NAME
 from .self_test_record import RECORD, REPORT
@@ -28,7 +30,7 @@ _ONNX = re.compile(rf"{BLOCK_NAME.pattern}\.onnx|\.{BLOCK_NAME.pattern}-[0-9a-f]
 
 def engine_files(engine_dir: Path) -> list[Path]:
     """List the files of an engine, or of the plans of a bake; manifests come first."""
-    patterns = (PLAN_NAME, _CACHE, TEMPORARY_NAME)
+    patterns = (PLAN_NAME, _CACHE, TEMPORARY_NAME, MARK_NAME)
     found = [
         path
         for path in _own_files(engine_dir)
@@ -42,7 +44,8 @@ def bake_files(folder: Path) -> list[Path]:
     found = [
         path
         for path in _own_files(folder)
-        if path.name in _BAKE_FILES or path.name == BLOCKS or _ONNX.fullmatch(path.name)
+        if path.name in {*_BAKE_FILES, BLOCKS}
+        or any(p.fullmatch(path.name) for p in (_ONNX, MARK_NAME))
     ]
     # without its weights the rest is never used, should a file be open on Windows
     return sorted(found, key=lambda path: (path.name != BLOCKS, path.name))
@@ -67,9 +70,11 @@ def remove_engine(engine_dir: Path, used: float | None = None) -> int:
         used: Its last use as far as is known: used or built since, it stays.
 
     Raises:
-        EngineBusyError: It is being built.
+        EngineBusyError: It is being built, or a process has it open.
     """
     with locked_at_once(engine_dir):
+        if is_in_use(engine_dir):
+            raise EngineInUseError(engine_dir)
         if used is not None and last_used(engine_dir) > used:
             return 0
         freed = remove_files(engine_files(engine_dir))
@@ -85,8 +90,10 @@ def remove_bake(folder: Path, used: float | None = None) -> int:
         used: As for ``remove_engine``.
 
     Raises:
-        EngineBusyError: One of its plans is being built.
+        EngineBusyError: One of its plans is being built, or a process has it open.
     """
+    if is_in_use(folder):
+        raise EngineInUseError(folder)
     if used is not None and last_used(folder) > used:
         return 0
     freed = 0

@@ -153,16 +153,19 @@ def locked_at_once(folder: Path) -> Iterator[None]:
 
 def is_locked(folder: Path) -> bool:
     """Tell whether a process is building in `folder`; False where no lock can be taken at all."""
-    if not (folder / LOCK).is_file():
-        return False
     # not `locked`: that cleans the folder up, and to look must change nothing
-    lock = FileLock(folder / LOCK)
+    return (folder / LOCK).is_file() and is_held(folder / LOCK)
+
+
+def is_held(path: Path) -> bool:
+    """Tell whether a process, this one included, has the lock of an existing file."""
+    lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
     except Timeout:
         return True
     except OSError:
-        # a read-only folder: nobody builds in it
+        # a read-only folder: nobody works in it
         return False
     lock.release()
     return False

@@ -69,6 +69,17 @@ def export_blocks(
     return tuple(paths)
 
 
+def export_missing(checkpoint: Path, progress: Progress) -> tuple[Path, ...]:
+    """Export a checkpoint unless the ONNX files beside it are complete and its own.
+
+    Raises as ``export_blocks`` does.
+    """
+    try:
+        return exported_blocks(checkpoint)
+    except OnnxExportMissingError:
+        return export_blocks(checkpoint, progress)
+
+
 def exported_blocks(checkpoint: Path) -> tuple[Path, ...]:
     """Return the ONNX files of a checkpoint if they and their variants are complete and its own.
 

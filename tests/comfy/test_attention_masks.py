@@ -17,7 +17,7 @@ from engine_sampling import condition, lora_of, sample, stock_flux  # noqa: E402
 from flux_fp4.nodes.attention_masks import LOWEST, additive  # noqa: E402
 from flux_fp4.nodes.engine_patcher import EnginePatcher  # noqa: E402
 from flux_fp4.nodes.errors import UnsupportedByEngineError  # noqa: E402
-from torch_engine import engine_over  # noqa: E402
+from torch_engine import engine_over, use_needs_plans  # noqa: E402
 
 TOLERANCE = 1e-5
 TOKENS = 77 + 16
@@ -114,10 +114,12 @@ def test_missing_plans_are_built_when_the_first_mask_comes(
             assert text == ""
 
     names = list(engine.model.plan_linears)
-    monkeypatch.setattr(
+    use_needs_plans(
+        monkeypatch,
         engine.model.engine,
-        "misses",
-        lambda selection: [selection.name_of(name) for name in names if selection.masked],
+        lambda selection: [
+            selection.name_of(name) for name in names if selection.masked and not built
+        ],
     )
     monkeypatch.setattr(
         "flux_fp4.trt_runtime.variant_plans.build_selected",

@@ -38,6 +38,7 @@ from engine_sampling import lora_of, sample, stock_flux  # noqa: E402
 from flux_fp4.nodes import baking, built_plans, paths, stages  # noqa: E402
 from flux_fp4.nodes.engine_model import EngineOptions  # noqa: E402
 from flux_fp4.nodes.errors import BakeError, WeightChangeError  # noqa: E402
+from torch_engine import use_needs_plans  # noqa: E402
 
 SPEC = BuildSpec(
     profile=ShapeProfile(
@@ -264,7 +265,7 @@ def test_plans_are_built_for_tensorrt(
         return [block for block in manifest.expected_blocks if block not in plans]
 
     # the reference needs no plans: answer as the executor of a GPU does
-    monkeypatch.setattr(model.model.engine, "misses", missing)
+    use_needs_plans(monkeypatch, model.model.engine, missing)
     sample(with_lora(model, lora(SINGLE)))
     assert "Built single_blocks.0" in progress.phases
     (bake,) = bakes(models)

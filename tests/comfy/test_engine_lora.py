@@ -18,7 +18,7 @@ import comfy.sd  # noqa: E402
 from engine_sampling import lora_of, sample, stock_flux  # noqa: E402
 from flux_fp4.nodes.engine_patcher import EnginePatcher  # noqa: E402
 from flux_fp4.nodes.errors import EngineWeightError, WeightChangeError  # noqa: E402
-from torch_engine import engine_over  # noqa: E402
+from torch_engine import engine_over, use_needs_plans  # noqa: E402
 
 TOLERANCE = 1e-5
 FACTORIZED = 2e-3
@@ -276,7 +276,7 @@ def test_missing_plans_are_built_before_anything_is_loaded(
         assert not plans.loaded
         built.append(list(selection.adapters))
 
-    monkeypatch.setattr(plans, "misses", lambda selection: list(selection.adapters))
+    use_needs_plans(monkeypatch, plans, lambda selection: [] if built else list(selection.adapters))
     monkeypatch.setattr("flux_fp4.trt_runtime.variant_plans.build_selected", build)
     monkeypatch.setattr("flux_fp4.nodes.built_plans.progress_of_running_node", Progress)
     sample(with_lora(engine, small(lora_of(*DOUBLE, *SINGLE))))
@@ -293,7 +293,7 @@ def test_cancelled_build_leaves_the_model_usable(
     def cancel(*_arguments: Any) -> None:
         raise mm.InterruptProcessingException
 
-    monkeypatch.setattr(engine.model.engine, "misses", lambda selection: ["a plan"])
+    use_needs_plans(monkeypatch, engine.model.engine, lambda selection: ["a plan"])
     monkeypatch.setattr("flux_fp4.trt_runtime.variant_plans.build_selected", cancel)
     monkeypatch.setattr("flux_fp4.nodes.built_plans.progress_of_running_node", object)
     with pytest.raises(mm.InterruptProcessingException):

@@ -20,7 +20,7 @@ import comfy.lora  # noqa: E402
 import comfy.model_management as mm  # noqa: E402
 import comfy.sd  # noqa: E402
 from comfy.patcher_extension import WrappersMP  # noqa: E402
-from engine_sampling import condition, lora_of, sample, stock_flux  # noqa: E402
+from engine_sampling import SAMPLINGS, condition, lora_of, sample, stock_flux  # noqa: E402
 from flux_fp4.nodes.engine_model import EngineOptions, build_engine_model  # noqa: E402
 from flux_fp4.nodes.engine_patcher import EnginePatcher  # noqa: E402
 from flux_fp4.nodes.errors import (  # noqa: E402
@@ -58,23 +58,11 @@ def inference_mode() -> Any:
         yield
 
 
-SAMPLINGS: dict[str, dict[str, Any]] = {
-    "text to image": {},
-    "batch 3": {"batch": 3},
-    "batch 3 with cfg 2": {"batch": 3, "cfg": 2.0},
-    "image to image": {
-        "latent": torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(2)),
-        "denoise": 0.5,
-    },
+SIZES_AND_TEXTS: dict[str, dict[str, Any]] = {
     "wide picture": {"size": (6, 14)},
     "odd sides": {"size": (7, 9)},
     "guidance 7": {"positive": condition(guidance=7.0)},
-    "guidance off": {"positive": condition(guidance=None)},
     "long text": {"positive": condition(tokens=300)},
-    "two texts": {"positive": condition(tokens=77) + condition(seed=3, tokens=154)},
-    "reference picture": {
-        "positive": condition(reference_latents=[torch.ones(1, 16, 10, 6)]),
-    },
     "two references, uxo": {
         "positive": condition(
             reference_latents=[torch.ones(1, 16, 10, 6), torch.ones(1, 16, 4, 4)],
@@ -82,9 +70,10 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
         ),
     },
 }
+ALL_SAMPLINGS = SAMPLINGS | SIZES_AND_TEXTS
 
 
-@pytest.mark.parametrize("case", SAMPLINGS.values(), ids=SAMPLINGS.keys())
+@pytest.mark.parametrize("case", ALL_SAMPLINGS.values(), ids=ALL_SAMPLINGS.keys())
 def test_engine_samples_like_stock_flux(
     stock: Any, engine: EnginePatcher, case: dict[str, Any]
 ) -> None:

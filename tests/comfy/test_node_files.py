@@ -17,7 +17,7 @@ from pack_import import ROOT
 import_comfyui()
 
 import folder_paths  # noqa: E402
-from flux_fp4.nodes import paths, stages  # noqa: E402
+from flux_fp4.nodes import paths  # noqa: E402
 from flux_fp4.nodes.all_in_one import quantized_name  # noqa: E402
 from flux_fp4.nodes.build import TARGETS, build_spec  # noqa: E402
 from flux_fp4.nodes.errors import (  # noqa: E402
@@ -25,7 +25,7 @@ from flux_fp4.nodes.errors import (  # noqa: E402
     ArtifactNotFoundError,
     SourceCheckpointError,
 )
-from flux_fp4.nodes.fingerprint import OutputLedger, file_state  # noqa: E402
+from flux_fp4.nodes.fingerprint import OutputLedger, OwnChanges, file_state  # noqa: E402
 from flux_fp4.nodes.load import BACKENDS  # noqa: E402
 from flux_fp4.nodes.quantize import source_state  # noqa: E402
 from flux_fp4.nodes.recipe_inputs import (  # noqa: E402
@@ -35,6 +35,7 @@ from flux_fp4.nodes.recipe_inputs import (  # noqa: E402
     recipe_state,
 )
 from flux_fp4.quant.errors.recipes import RecipeError  # noqa: E402
+from flux_fp4.quant.quantized_checkpoint import up_to_date_checkpoint  # noqa: E402
 from flux_fp4.quant.recipe import QuantizeOptions  # noqa: E402
 from flux_fp4.trt_runtime import backend  # noqa: E402
 
@@ -168,13 +169,28 @@ def test_ledger_notices_changes_by_others_once(tmp_path: Path, change: Any) -> N
     assert ledger.fingerprint("5") == second
 
 
+def test_a_file_that_a_node_replaced_itself_counts_as_unchanged_for_it(tmp_path: Path) -> None:
+    file, changes = tmp_path / "manifest.json", OwnChanges()
+    file.write_text("stale")
+    first = changes.state("5", file)
+    for text in ("built again", "and once more, longer"):
+        with changes.watched("5", file):
+            file.write_text(text)
+        assert file_state(file) != first
+        assert changes.state("5", file) == first
+        # not for another node, which loaded what was there before
+        assert changes.state("6", file) == file_state(file)
+    file.write_text("by somebody else, longer still")
+    assert changes.state("5", file) == file_state(file)
+
+
 def test_file_state_of_nothing_is_none(tmp_path: Path) -> None:
     assert file_state(tmp_path / "absent") is None
 
 
 def test_absent_checkpoint_is_not_up_to_date(tmp_path: Path) -> None:
     absent = tmp_path / "x.safetensors"
-    assert stages.up_to_date_checkpoint(tmp_path, absent, QuantizeOptions(), None) is None
+    assert up_to_date_checkpoint(tmp_path, absent, QuantizeOptions(), None) is None
 
 
 def test_all_in_one_names_differ_by_folder_and_every_option() -> None:

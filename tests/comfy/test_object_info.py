@@ -19,6 +19,7 @@ NODE_IDS = {
     "FluxFP4EngineFromCheckpoint",
     "FluxFP4CompareImages",
     "FluxFP4CompareModels",
+    "FluxFP4EngineManager",
     "FluxFP4ExportONNX",
     "FluxFP4Inspect",
     "FluxFP4LoadEngine",

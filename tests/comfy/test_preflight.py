@@ -114,14 +114,18 @@ def test_every_problem_is_listed_and_nothing_written(
 def test_what_is_on_disk_already_is_not_needed_again(
     source: FluxSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = with_recipe("nvfp4-max")
-    needed = preflight.report(source, options, "sm120", tmp_path)
+    options, folder = with_recipe("nvfp4-max"), tmp_path / "tiny"
+    folder.mkdir()
+    needed = preflight.report(source, options, "sm120", folder)
     assert "Nothing stands in the way." in needed
     monkeypatch.setattr(Machine, "at", lambda folder: replace(GOOD, free_disk=1000))
+    # what the work replaces takes its room until the new file is whole, other files for good
+    for name in ("tiny.safetensors", "notes.txt", ".other.partial"):
+        (folder / name).write_bytes(bytes(30_000_000))
     with pytest.raises(PreflightError, match="disk"):
-        preflight.require(source, options, "sm120", tmp_path)
-    (tmp_path / ".tiny.partial").write_bytes(bytes(30_000_000))
-    preflight.require(source, options, "sm120", tmp_path)
+        preflight.require(source, options, "sm120", folder)
+    (folder / ".tiny.partial").write_bytes(bytes(30_000_000))
+    preflight.require(source, options, "sm120", folder)
 
 
 def test_report_has_every_stage(source: FluxSource, tmp_path: Path) -> None:

@@ -27,6 +27,23 @@ def condition(seed: int = 0, tokens: int = 77, **options: Any) -> list[Any]:
     return [[context, {"pooled_output": pooled, **options}]]
 
 
+SAMPLINGS: dict[str, dict[str, Any]] = {
+    "text to image": {},
+    "batch 3": {"batch": 3},
+    "batch 3 with cfg 2": {"batch": 3, "cfg": 2.0},
+    "image to image": {
+        "latent": torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(2)),
+        "denoise": 0.5,
+    },
+    "guidance off": {"positive": condition(guidance=None)},
+    "two texts": {"positive": condition(tokens=77) + condition(seed=3, tokens=154)},
+    "reference picture": {
+        "positive": condition(reference_latents=[torch.ones(1, 16, 10, 6)]),
+    },
+}
+"""Arguments of ``sample``: what an engine has to do like stock FLUX, whatever it is made of."""
+
+
 def sample(
     model: Any,
     positive: list[Any] | None = None,

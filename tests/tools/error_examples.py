@@ -23,7 +23,8 @@ SOURCE = "flux1-dev.safetensors"
 
 
 def _node_errors() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("node_errors", ROOT / "nodes" / "errors.py")
+    file = ROOT / "nodes" / "errors.py"
+    spec = importlib.util.spec_from_file_location("flux_fp4.nodes.errors", file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -92,6 +93,7 @@ TRT_RUNTIME: tuple[Exception, ...] = (
     storage.DiskFullError(ENGINE / PLAN, 127_000_000, 20_000_000),
     storage.FileWriteError(ENGINE / PLAN, "Read-only file system"),
     storage.EngineBusyError(ENGINE),
+    storage.EngineInUseError(ENGINE),
     build.BuildSpecError(
         "Target 'sm75' cannot run bf16, which every recipe uses",
         "sm80 or newer can",
@@ -141,6 +143,10 @@ NODES: tuple[Exception, ...] = (
     nodes.ModelSourceError(
         "it is a SDXL model, not FLUX", "Connect 'Load Diffusion Model' with a FLUX checkpoint."
     ),
+    nodes.NothingShownError("collect garbage", "list"),
+    nodes.RebuildError(
+        ["flux1-dev-nvfp4/sm120"], {"flux1-dev-fp8/sm89": "its checkpoint cannot be read"}
+    ),
     nodes.EngineOutdatedError(f"{CHECKPOINT}/sm120", CHECKPOINT),
     nodes.CheckpointWeightsError(CHECKPOINT, ["img_in.weight"], ["img_in.extra"]),
     nodes.EngineWeightError(
@@ -183,7 +189,7 @@ CLI: tuple[Exception, ...] = (
     cli.ModelsFolderError("'/data/flux' is no folder"),
     cli.NameRefusedError("../x", "it has a character that is not allowed in file names"),
     cli.NotFoundError(
-        "engine", f"{CHECKPOINT}/sm120", Path("models"), "The command `build` makes one."
+        "engine", f"{CHECKPOINT}/sm120", [Path("models")], "The command `build` makes one."
     ),
     cli.OutdatedEngineError(f"{CHECKPOINT}/sm120"),
     cli.OptionError("--days", "-1 is not between 0 and 100000"),

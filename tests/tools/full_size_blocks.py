@@ -47,6 +47,15 @@ def main() -> None:
                 report(path, kind, BuildSpec("tensorrt_rtx", (target,), ShapeProfile(max_batch)))
 
 
+def exported_folder(root: Path) -> Path:
+    """Return a folder with the blocks in NVFP4 and their ONNX files; 1.5 GB are written once."""
+    path = root / "nvfp4" / "nvfp4.safetensors"
+    if not path.is_file():
+        write_checkpoint(path, "nvfp4")
+    export_blocks(path, ignore_progress)
+    return path.parent
+
+
 def report(path: Path, kind: str, spec: BuildSpec) -> None:
     started = time.monotonic()
     manifest = build_engine(path.parent, spec, ignore_progress)

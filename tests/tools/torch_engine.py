@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from flux_fp4.quant.flux.config import block_linears
 from flux_fp4.quant.modulation import is_modulation_weight, stored_modulation
 from flux_fp4.quant.quantized_checkpoint import is_in_plan
 from flux_fp4.quant.recipe import Format
+from flux_fp4.trt_runtime.errors.engine import VariantPlanMissingError
 from flux_fp4.trt_runtime.selection import Selection
 from torch import Tensor
 
@@ -67,9 +68,6 @@ class TorchEngine:
 
     def activation_bytes(self, batch: int, img_tokens: int, txt_tokens: int) -> int:
         return 1000 * batch * (img_tokens + txt_tokens)
-
-    def misses(self, selection: Selection) -> list[str]:
-        return []
 
     def use(self, selection: Selection) -> None:
         """Add factors to the stock weights, from copies made before the first time."""
@@ -160,3 +158,18 @@ def engine_over(
 
 def _modulation(inputs: Mapping[str, Tensor], prefix: str) -> ModulationOut:
     return ModulationOut(*(inputs[f"{prefix}_{part}"] for part in ("shift", "scale", "gate")))
+
+
+def use_needs_plans(
+    monkeypatch: pytest.MonkeyPatch, engine: Any, missing: Callable[[Selection], Sequence[str]]
+) -> None:
+    """Have an engine refuse selections as that of a GPU does, whose plans are to be built first."""
+    use = engine.use
+
+    def refusing(selection: Selection) -> None:
+        names = missing(selection)
+        if names:
+            raise VariantPlanMissingError(names)
+        use(selection)
+
+    monkeypatch.setattr(engine, "use", refusing)

@@ -33,11 +33,11 @@ TITLES = {
 
 # Classes that others are derived from, and that are never raised themselves.
 ROOTS = {"QuantError", "EngineError", "NodeError", "CommandError"}
-ABSTRACT = ROOTS | {"EngineMismatchError", "StorageError"}
+ABSTRACT = ROOTS | {"EngineMismatchError", "QualityError", "StorageError"}
 
 ACTIONS = (
     "Allow|Build|Bypass|Check|Choose|Close|Connect|Correct|Enter|Export|Free|Get|Install|Make|Merge|"
-    "Name|Put|Quantize|Queue|Raise|Remove|Run|Save|See|Update|Use|Wait"
+    "Name|Press|Put|Quantize|Queue|Raise|Remove|Run|Save|See|Set|Update|Use|Wait"
 )
 # At the start of a sentence, or behind a semicolon or a colon.
 ACTION = re.compile(rf"(?:[.?] |\n|[;:] )(?:(?:{ACTIONS})\b|The command `)", re.IGNORECASE)

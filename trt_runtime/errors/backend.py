@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from . import BUILD_NODE, EngineError
+from . import BUILD_NODE, REBUILD, EngineError
 
 
 class BackendMissingError(EngineError):
@@ -37,7 +37,7 @@ class EngineVersionError(EngineError):
         self.built_with, self.installed = built_with, installed
         super().__init__(
             f"The engine was built with {built_with}; installed is {installed}, and plans do not "
-            f"move between releases. Build it again with {BUILD_NODE}."
+            f"move between releases. {REBUILD}"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import BUILD_NODE, EngineError, shortened
+from . import BUILD_NODE, REBUILD, EngineError, shortened
 
 
 class ManifestMissingError(EngineError):
@@ -35,7 +35,7 @@ class ManifestInvalidError(EngineError):
 class EngineMismatchError(EngineError):
     """A plan file that differs from its manifest, or a manifest that differs from its sources."""
 
-    action = f"Build it again with {BUILD_NODE}."
+    action = REBUILD
 
     def __init__(self, file: str, problem: str) -> None:
         self.file, self.problem = file, problem

@@ -45,12 +45,21 @@ class FileWriteError(StorageError):
 class EngineBusyError(EngineError):
     """Another process is building in a folder that was to be changed."""
 
+    state, remedy = "is being built by another process", "wait until that is done"
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         super().__init__(
-            f"'{folder.parent.name}/{folder.name}' is being built by another process. Nothing was "
-            "changed; wait until that is done and queue again."
+            f"'{folder.parent.name}/{folder.name}' {self.state}. Nothing was changed; "
+            f"{self.remedy} and queue again."
         )
+
+
+class EngineInUseError(EngineBusyError):
+    """A process has an engine or a bake open that was to be deleted."""
+
+    state = "is open in a running ComfyUI"
+    remedy = "press 'Free model and node cache' there, or close it,"
 
 
 def size_text(size: int) -> str:

@@ -41,7 +41,7 @@ def test_the_report_is_complete_and_has_no_secrets(tmp_path: Path) -> None:
     assert found["pack"]["version"] == "0.1.0"
     assert found["packages"]["rich"]
     assert found["memory_bytes"] > 1 << 30
-    assert found["disk"]["free_bytes"] > 0
+    assert found["disk"][0]["free_bytes"] > 0
     assert found["torch"]["version"]
     assert found["tensorrt_rtx"]["version"]
     assert found["models"]["checkpoints"] == []
@@ -122,7 +122,7 @@ def test_the_comfyui_tree_around_the_pack_is_the_default(tmp_path: Path) -> None
     )  # fmt: skip
     found = json.loads(done.stdout)
     assert found["pack"]["comfyui"] == "0.30.0"
-    assert found["models"]["models"] == str(tree / "models" / "flux_fp4")
+    assert found["models"]["models"] == [str(tree / "models" / "flux_fp4")]
     # installed under the folder's own name
     done = subprocess.run(
         [sys.executable, "-m", "any-name", "list"],

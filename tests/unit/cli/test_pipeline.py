@@ -19,6 +19,7 @@ from command_line import command, run_command
 from flux_fp4.cli.program import main
 from flux_fp4.quant.calibration_files import save_samples
 from flux_fp4.quant.quantized_checkpoint import QuantizedCheckpoint
+from flux_fp4.trt_runtime.in_use import InUseMark
 from tiny_flux import TINY, random_flux, random_samples, save_flux
 
 BUILD = ("--target", "sm120", "--megapixels", "1", "--text-tokens", "64")
@@ -78,6 +79,13 @@ def listed(models: Path) -> dict[str, Any]:
 
 def engine_state(models: Path) -> str:
     return listed(models)["checkpoints"][0]["engines"][0]["state"]
+
+
+def age_library(engine: Path) -> None:
+    """Have an engine be that of an older TensorRT release."""
+    path = engine / "manifest.json"
+    manifest = json.loads(path.read_text()) | {"backend_version": "0.1"}
+    path.write_text(json.dumps(manifest))
 
 
 def test_list_shows_what_was_made(built: Path) -> None:
@@ -266,3 +274,62 @@ def test_own_recipes_are_found(inputs: Path, tmp_path: Path) -> None:
     done = quantize(inputs, tmp_path, "tiny", "--recipe", "mine")
     assert done.returncode == 0, done.stderr
     assert f"{TINY.depth * 8 + TINY.depth_single_blocks * 2} in FP8" in done.stdout
+
+
+def test_an_engine_of_another_release_is_built_again(models: Path) -> None:
+    engine = models / "tiny" / "sm120"
+    before = {path.name: path.read_bytes() for path in engine.glob("*.plan")}
+    age_library(engine)
+    assert engine_state(models).startswith("library updated: built with tensorrt_rtx 0.1")
+    for onnx in (models / "tiny").glob("*.onnx"):
+        onnx.unlink()
+    done = run_command("rebuild", "--models", models)
+    assert (done.returncode, done.stdout.count("tiny/sm120 was built again")) == (0, 1), done.stderr
+    assert engine_state(models) == "ready"
+    manifest = json.loads((engine / "manifest.json").read_text())
+    # for what it was built for before, and not for the defaults
+    assert manifest["profile"]["max_txt_tokens"] == 64
+    assert {path.name for path in engine.glob("*.plan")} == set(before)
+    assert run_here("rebuild", "--models", models)[1] == "Every engine is up to date.\n"
+
+
+def test_an_engine_that_cannot_be_rebuilt_says_why(models: Path) -> None:
+    (models / "tiny" / "sm120" / "manifest.json").write_text("{}")
+    code, output, errors = run_here("rebuild", "tiny/sm120", "--models", models)
+    assert (code, output) == (1, "")
+    assert "tiny/sm120 was not built: manifest refused" in errors
+
+
+def test_gc_leaves_an_engine_that_another_process_has_open(models: Path) -> None:
+    engine = models / "tiny" / "sm120"
+    mark = InUseMark(engine)
+    (checkpoint,) = listed(models)["checkpoints"]
+    assert checkpoint["engines"][0]["in_use"]
+    done = run_command("gc", "--models", models, "--quota", "0", "--delete")
+    assert (done.returncode, done.stdout) == (0, "Nothing to delete.\n0.0 MB were deleted\n")
+    mark.release()
+    assert run_command("gc", "--models", models, "--quota", "0", "--delete").returncode == 0
+    assert not engine.exists()
+
+
+def test_verify_reads_the_tensors_of_a_checkpoint(models: Path) -> None:
+    code, output, _ = run_here("verify", "tiny", "--models", models)
+    assert (code, output) == (0, "tiny: all tensors as recorded\n")
+    path = models / "tiny" / "tiny.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    code, output, errors = run_here("verify", "tiny", "--models", models)
+    assert (code, output) == (1, "")
+    assert "wrong digest" in errors
+
+
+def test_several_models_folders_are_one(models: Path, tmp_path: Path) -> None:
+    first = tmp_path / "first"
+    first.mkdir()
+    code, output, errors = run_here("list", "--json", "--models", first, "--models", models)
+    assert code == 0, errors
+    assert [entry["name"] for entry in json.loads(output)["checkpoints"]] == ["tiny"]
+    age_library(models / "tiny" / "sm120")
+    _, shown, _ = run_here("gc", "--models", first, "--models", models)
+    assert "library updated" in shown

@@ -15,7 +15,7 @@ from flux_fp4.quant.block_quantizer import run_block
 from flux_fp4.quant.emulation import emulated_block, emulated_linear
 from flux_fp4.quant.errors.export import OnnxExportMissingError
 from flux_fp4.quant.flux.config import block_linears
-from flux_fp4.quant.onnx_export import export_blocks, exported_blocks, onnx_path
+from flux_fp4.quant.onnx_export import export_blocks, export_missing, exported_blocks, onnx_path
 from flux_fp4.quant.onnx_export.blocks import block_model
 from flux_fp4.quant.onnx_export.contract import Variant
 from flux_fp4.quant.onnx_export.graph import BlockGraph
@@ -324,6 +324,16 @@ def test_missing_block_is_named(exported: Path, lora: bool, mask: bool) -> None:
     path.unlink()
     with pytest.raises(OnnxExportMissingError, match=rf"'{path.name}' is missing"):
         exported_blocks(exported)
+
+
+def test_what_is_complete_is_not_exported_again(exported: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in exported_blocks(exported)}
+    assert export_missing(exported, ignore_progress) == tuple(before)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    first = next(iter(before))
+    first.unlink()
+    assert export_missing(exported, ignore_progress) == tuple(before)
+    assert first.is_file()
 
 
 def test_cancel_leaves_whole_files_only(quantized: QuantizedCheckpoint, tmp_path: Path) -> None:
