@@ -6,6 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from .failures import told
 from .schema import CATEGORY, description, report_with_picture
 
 _METRICS = {
@@ -90,6 +91,7 @@ class CompareImages(io.ComfyNode):
         )
 
     @classmethod
+    @told
     def execute(
         cls, original: Any, quantized: Any, prompts: str = "", **chosen: bool
     ) -> io.NodeOutput:

@@ -7,6 +7,7 @@ from typing import Any
 import comfy.samplers
 from comfy_api.latest import io
 
+from .failures import told
 from .schema import CATEGORY, description, report_with_picture
 
 PASSES = ("Sampling the reference", "The tested model at the same latents", "Sampling it itself")
@@ -89,6 +90,7 @@ class CompareModels(io.ComfyNode):
         )
 
     @classmethod
+    @told
     def execute(
         cls,
         reference: Any,

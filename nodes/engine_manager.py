@@ -10,6 +10,7 @@ from comfy_api.latest import io, ui
 
 from . import paths
 from .errors import NothingShownError, RebuildError
+from .failures import told
 from .schema import CATEGORY, description
 
 if TYPE_CHECKING:
@@ -110,6 +111,7 @@ class EngineManager(io.ComfyNode):
         return cls.shown.lists(cls.hidden.unique_id) if action == COLLECT else float("nan")
 
     @classmethod
+    @told
     def execute(cls, action: str, engine: str = ALL, quota: float = 0.0) -> io.NodeOutput:
         from .progress import NodeProgress
 
