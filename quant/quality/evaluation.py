@@ -77,7 +77,7 @@ def check_prompts(names: Sequence[str], prompts: Sequence[str] | None) -> None:
     """
     needing = [METRICS[name].title for name in names if METRICS[name].needs_prompts]
     if needing and prompts is None:
-        raise PromptsError("There are no prompts", f"{' and '.join(needing)} judge by the prompt")
+        raise PromptsError("There are no prompts", f"they are needed for {' and '.join(needing)}")
 
 
 def evaluate(

@@ -33,9 +33,9 @@ _TITLE = "ImageReward"
 class ImageReward:
     """Rewards from a child process, which frees its memory when it ends."""
 
-    def __init__(self, device: str = "cpu", python: str | None = None) -> None:
+    def __init__(self, device: str = "cpu") -> None:
         self._device = device
-        self._python = python or os.environ.get(PYTHON_VARIABLE) or sys.executable
+        self._python = os.environ.get(PYTHON_VARIABLE) or sys.executable
         # Both cost more than all that follows; a run must not fail after the other metrics.
         list(self._rewards([]))
 

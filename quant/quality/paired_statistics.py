@@ -40,6 +40,7 @@ class PairedDifference(BaseModel):
         p_value: Two-sided, of a paired t-test against no difference.
         effect_size: Difference in units of its deviation, Cohen's d_z; infinite if all pairs
             differ by the same.
+        detectable: The smallest true difference that so many pairs show with that power.
         prompts_needed: Pairs that show a difference of this size with the customary power; None
             where there is none.
     """
@@ -55,6 +56,7 @@ class PairedDifference(BaseModel):
     bootstrap_interval: tuple[float, float]
     p_value: float
     effect_size: float
+    detectable: float
     prompts_needed: int | None
 
 
@@ -108,6 +110,7 @@ def paired_difference(first: Sequence[float], second: Sequence[float]) -> Paired
         bootstrap_interval=_bootstrap_interval(differences),
         p_value=float(stats.ttest_1samp(differences, 0).pvalue),
         effect_size=mean / deviation,
+        detectable=detectable_difference(differences.size, deviation),
         prompts_needed=prompts_needed(mean, deviation) if mean else None,
     )
 
@@ -129,22 +132,21 @@ def power(count: int, difference: float, deviation: float) -> float:
     return float(stats.nct.sf(critical, freedom, shift) + stats.nct.cdf(-critical, freedom, shift))
 
 
-def prompts_needed(difference: float, deviation: float, wanted: float = POWER) -> int:
-    """Return the fewest prompts whose paired t-test has the wanted power.
+def prompts_needed(difference: float, deviation: float) -> int:
+    """Return the fewest prompts whose paired t-test has the customary power.
 
     Args:
         difference: The true mean difference, not 0.
         deviation: Standard deviation of the differences.
-        wanted: Power, between 0 and 1.
     """
     if deviation == 0:
         return 2
-    quantiles = stats.norm.ppf(1 - SIGNIFICANCE / 2) + stats.norm.ppf(wanted)
+    quantiles = stats.norm.ppf(1 - SIGNIFICANCE / 2) + stats.norm.ppf(POWER)
     # The normal approximation is below the exact number, by about two prompts.
     count = max(2, math.floor((quantiles * deviation / abs(difference)) ** 2))
     if count > _EXACT_UP_TO:
         return count + 2
-    while power(count, difference, deviation) < wanted:
+    while power(count, difference, deviation) < POWER:
         count += 1
     return count
 
@@ -153,15 +155,14 @@ _EXACT_UP_TO = 1_000_000
 """Above it the two distributions cannot be told apart, and scipy's noncentral t loses precision."""
 
 
-def detectable_difference(count: int, deviation: float, wanted: float = POWER) -> float:
+def detectable_difference(count: int, deviation: float) -> float:
     """Return the smallest true difference that so many prompts show, by the normal approximation.
 
     Args:
         count: Pairs.
         deviation: Standard deviation of the differences.
-        wanted: Power, between 0 and 1.
     """
-    quantiles = stats.norm.ppf(1 - SIGNIFICANCE / 2) + stats.norm.ppf(wanted)
+    quantiles = stats.norm.ppf(1 - SIGNIFICANCE / 2) + stats.norm.ppf(POWER)
     return float(quantiles * deviation / math.sqrt(count))
 
 
@@ -176,6 +177,7 @@ def _without_spread(before: np.ndarray, after: np.ndarray, difference: float) ->
         bootstrap_interval=(difference, difference),
         p_value=0.0 if difference else 1.0,
         effect_size=math.copysign(math.inf, difference) if difference else 0.0,
+        detectable=0.0,
         prompts_needed=2 if difference else None,
     )
 

@@ -146,8 +146,8 @@ def _distance_rows(report: QualityReport) -> tuple[Row, list[Row]]:
 
 def _comparison_rows(report: QualityReport) -> tuple[Row, list[Row]]:
     header = (
-        "metric", "from", "to", "difference", "by Student", "by bootstrap", "p", "d_z", "prompts",
-        "prompts PTQ-QAT",
+        "metric", "from", "to", "difference", "by Student", "by bootstrap", "p", "d_z",
+        "would show", "prompts", "prompts PTQ-QAT",
     )  # fmt: skip
     rows = []
     for found in report.comparisons:
@@ -162,6 +162,7 @@ def _comparison_rows(report: QualityReport) -> tuple[Row, list[Row]]:
                 _interval(result.bootstrap_interval, info.digits),
                 f"{result.p_value:.2g}",
                 f"{result.effect_size:+.2f}",
+                f"{result.detectable:.{info.digits}f}",
                 _count(result.prompts_needed),
                 _count(found.prompts_for_reference),
             )
@@ -171,8 +172,9 @@ def _comparison_rows(report: QualityReport) -> tuple[Row, list[Row]]:
 
 def _explanation(report: QualityReport) -> str:
     lines = [
-        f"Differences are paired, intervals at {CONFIDENCE:.0%}. prompts: so many would show this "
-        f"difference with a power of {POWER:.0%} at p < {SIGNIFICANCE}."
+        f"Differences are paired, intervals at {CONFIDENCE:.0%}. would show: the smallest "
+        f"difference that so many pictures show with a power of {POWER:.0%} at p < {SIGNIFICANCE}; "
+        "prompts: so many would show the difference found."
     ]
     if any(found.prompts_for_reference for found in report.comparisons):
         lines.append(

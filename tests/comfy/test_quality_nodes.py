@@ -86,7 +86,7 @@ def test_second_run_is_free(client: ComfyClient) -> None:
 def test_prompts_are_asked_for_before_anything_is_loaded(client: ComfyClient) -> None:
     result = client.run(prompt(clip_score=True))
     assert result.status == "error"
-    assert "CLIPScore judge by the prompt" in result.error_message
+    assert "they are needed for CLIPScore" in result.error_message
 
 
 def test_too_few_prompts_are_refused(client: ComfyClient) -> None:

@@ -105,7 +105,7 @@ def test_prompts_that_are_needed_are_asked_for(
     folders: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["quality", *map(str, folders), "--metric", "clip_score"]) == 1
-    assert "CLIPScore judge by the prompt" in capsys.readouterr().err
+    assert "they are needed for CLIPScore" in capsys.readouterr().err
 
 
 def test_picture_without_partner_is_named(

@@ -129,5 +129,5 @@ def test_sets_of_unequal_number_are_refused(sets: list[BatchPictures]) -> None:
 
 def test_metrics_that_read_prompts_are_refused_without() -> None:
     check_prompts(("psnr", "clip_iqa"), None)
-    with pytest.raises(PromptsError, match="CLIPScore and ImageReward judge by the prompt"):
+    with pytest.raises(PromptsError, match="they are needed for CLIPScore and ImageReward"):
         check_prompts(("clip_score", "image_reward"), None)

@@ -69,6 +69,9 @@ def test_needed_prompts_equal_published_tables() -> None:
 def test_detectable_difference_is_the_reverse() -> None:
     count = prompts_needed(0.023, 0.3)
     assert detectable_difference(count, 0.3) == pytest.approx(0.023, rel=1e-2)
+    values = np.random.default_rng(5).normal(size=40)
+    found = paired_difference(np.zeros(40), values)
+    assert found.detectable == detectable_difference(40, found.deviation)
 
 
 def test_huge_number_of_prompts_is_the_normal_approximation() -> None:

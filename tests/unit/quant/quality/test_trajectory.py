@@ -42,7 +42,8 @@ def test_latent_psnr_has_the_range_as_peak() -> None:
 
 def test_texts_have_a_row_per_evaluation() -> None:
     x, sigma = torch.ones(1, 1, 2, 2), torch.tensor([1.0])
-    report = trajectory_report([(x, sigma, 0 * x)], [0.1 * x], [x], x, 0.9 * x)
+    latent = torch.tensor([-1.0, 1.0])
+    report = trajectory_report([(x, sigma, 0 * x)], [0.1 * x], [x], latent, 0.9 * latent)
     text = trajectory_text(report)
     assert "velocity, mean over steps: 20.0 dB" in text
     assert text.splitlines()[-1].split() == ["1", "1.0000", "20.0", "dB", "exact"]
