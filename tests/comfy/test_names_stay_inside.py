@@ -18,7 +18,7 @@ from mutations import names
 import_comfyui()
 
 import folder_paths  # noqa: E402
-from flux_fp4.nodes import paths  # noqa: E402
+from flux_fp4.nodes import paths, reports, stages  # noqa: E402, F401  # not in an example's time
 from flux_fp4.nodes.build import BuildEngine  # noqa: E402
 from flux_fp4.nodes.calibration import CalibrationSamples  # noqa: E402
 from flux_fp4.nodes.errors import NodeError  # noqa: E402
@@ -28,6 +28,7 @@ from flux_fp4.nodes.load import LoadEngine  # noqa: E402
 from flux_fp4.nodes.native import SaveNative  # noqa: E402
 from flux_fp4.nodes.quantize import Quantize, QuantizeModel, source_state  # noqa: E402
 from flux_fp4.nodes.recipe_inputs import options_from, recipe_state  # noqa: E402
+from flux_fp4.quant import onnx_export  # noqa: E402, F401
 from flux_fp4.quant.errors import QuantError  # noqa: E402
 
 OURS = (NodeError, QuantError)

@@ -21,6 +21,7 @@ import folder_paths  # noqa: E402
 from flux_fp4.nodes import paths  # noqa: E402
 from flux_fp4.nodes.errors import NodeError  # noqa: E402
 from flux_fp4.nodes.load import LoadEngine  # noqa: E402
+from flux_fp4.quant.quantized_checkpoint import QuantizedCheckpoint  # noqa: E402
 from flux_fp4.tests.unit.trt_runtime.fake_tensorrt import FakeCuda, FakeLibrary  # noqa: E402
 from flux_fp4.trt_runtime.backend import load_backend  # noqa: E402
 from flux_fp4.trt_runtime.digest import digest_of_bytes  # noqa: E402
@@ -42,6 +43,10 @@ def engine(engine_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     folders = {paths.MODEL_FOLDER: ([str(root)], {".safetensors"})}
     monkeypatch.setattr(folder_paths, "folder_names_and_paths", folders)
     monkeypatch.setattr(LoadEngine, "hidden", SimpleNamespace(unique_id="1"))
+    # the engine was built from random blocks; only the digest of their checkpoint matters here
+    metadata = SimpleNamespace(content_digest=load_manifest(engine_copy).checkpoint_digest)
+    checkpoint = SimpleNamespace(name="tiny", metadata=metadata)
+    monkeypatch.setattr(QuantizedCheckpoint, "read", lambda path: checkpoint)
 
     def opened(*_: object, **__: object) -> None:
         pytest.fail("something was opened")
