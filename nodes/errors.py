@@ -253,7 +253,7 @@ class PreflightError(NodeError):
     def __init__(self, what: str, problems: Sequence[str]) -> None:
         self.what, self.problems = what, tuple(problems)
         listed = "\n".join(f"- {problem}" for problem in self.problems)
-        super().__init__(f"'{what}' cannot be made on this machine. Nothing was begun.\n{listed}")
+        super().__init__(f"'{what}' cannot be made here:\n{listed}")
 
 
 class UnsupportedByEngineError(NodeError):

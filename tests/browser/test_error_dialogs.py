@@ -39,7 +39,7 @@ EXPECTED = {
         "FluxFP4EngineFromCheckpoint",
     ),
     "preflight": (
-        "'small_flux-nvfp4-max' cannot be made on this machine. Nothing was begun.\n"
+        "'small_flux-nvfp4-max' cannot be made here:\n"
         "- Target 'sm89' cannot run the NVFP4 weights of 'double_blocks.0': that needs one of "
         "sm100, sm103, sm120, sm121. Choose such a 'target', or recipe 'fp8' in 'Quantize FLUX to "
         "FP4'.",
