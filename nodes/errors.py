@@ -136,8 +136,8 @@ class RebuildError(NodeError):
         listed = "\n".join(f"- {name}: {fault}" for name, fault in self.faults.items())
         done = f" Built: {', '.join(self.built)}." if self.built else ""
         super().__init__(
-            f"{len(self.faults)} engines could not be built again.{done} See what stands in the "
-            f"way of each, and queue again:\n{listed}"
+            f"{len(self.faults)} engines could not be built again:\n{listed}\n"
+            f"Remove what stands in the way, and queue again.{done}"
         )
 
 

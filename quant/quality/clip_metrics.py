@@ -30,8 +30,8 @@ def load_clip(metric: str, device: str) -> Clip:
         MetricLibraryError: transformers is missing.
         MetricWeightsError: The weights are neither here nor can be fetched.
     """
-    pair = loaded(METRICS[metric].title, _pretrained, MODEL, "huggingface.co")
-    return clip_of(*pair, device)
+    network, processor = loaded(METRICS[metric].title, _pretrained, MODEL, "huggingface.co")
+    return clip_of(network, processor, device)
 
 
 def clip_of(network: nn.Module, processor: Any, device: str = "cpu") -> Clip:
@@ -67,7 +67,7 @@ class CLIPIQA:
         from torchmetrics.multimodal import CLIPImageQualityAssessment
 
         self._device = device
-        self._metric = CLIPImageQualityAssessment(model_name_or_path=clip)  # type: ignore[arg-type]
+        self._metric: Any = CLIPImageQualityAssessment(model_name_or_path=clip)
         self._metric.to(device)
 
     def values(self, pictures: Pictures, prompts: Sequence[str], progress: Progress) -> list[float]:
@@ -87,7 +87,8 @@ class _FeatureTensors(nn.Module):
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.network, self.config = network, network.config
+        self.network: Any = network
+        self.config = network.config
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
         return _features(self.network.get_image_features(pixel_values))

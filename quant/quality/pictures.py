@@ -25,8 +25,13 @@ class Pictures(Protocol):
         labels: A name for each picture.
     """
 
-    name: str
-    labels: Sequence[str]
+    @property
+    def name(self) -> str:
+        """See above."""
+
+    @property
+    def labels(self) -> Sequence[str]:
+        """See above."""
 
     def __len__(self) -> int:
         """Return the number of pictures."""
