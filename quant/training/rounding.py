@@ -69,23 +69,23 @@ class _RoundFP8(torch.autograd.Function):
 
 def round_e2m1(x: Tensor) -> Tensor:
     """Round fp32 ``x`` to the nearest E2M1 value; see ``e2m1.round_to_e2m1``."""
-    rounded: Tensor = _RoundE2M1.apply(x)
+    rounded: Tensor = _RoundE2M1.apply(x)  # type: ignore[no-untyped-call]
     return rounded
 
 
 def round_block_scale(x: Tensor) -> Tensor:
     """Round fp32 block scales to positive E4M3 values, returned as fp32."""
-    rounded: Tensor = _RoundE4M3.apply(x)
+    rounded: Tensor = _RoundE4M3.apply(x)  # type: ignore[no-untyped-call]
     return rounded
 
 
 def round_nvfp4_activation(x: Tensor, global_scale: Tensor) -> Tensor:
     """As ``nvfp4.fake_quantize_activation``, with a gradient."""
-    rounded: Tensor = _RoundActivation.apply(x, global_scale)
+    rounded: Tensor = _RoundActivation.apply(x, global_scale)  # type: ignore[no-untyped-call]
     return rounded
 
 
 def round_fp8(x: Tensor, scale: Tensor) -> Tensor:
     """As ``emulation.fake_quantize_fp8``, with a gradient."""
-    rounded: Tensor = _RoundFP8.apply(x, scale)
+    rounded: Tensor = _RoundFP8.apply(x, scale)  # type: ignore[no-untyped-call]
     return rounded

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from ..e2m1 import encode_e2m1, pack_codes
 from ..emulation import SOFTMAX_SCALE, attention_root_scale, emulated_block
-from ..nvfp4 import NVFP4_BLOCK, NVFP4Weight
+from ..nvfp4 import NVFP4_BLOCK
 from ..stack import Block
 from .rounding import round_block_scale, round_e2m1, round_fp8, round_nvfp4_activation
 
@@ -40,6 +40,11 @@ class TrainableNVFP4Linear(nn.Module):
         svd_up: fp32 ``[N, r]``, trained, or None.
     """
 
+    pre_quant_scale: Tensor | None
+    block_scale: Tensor
+    global_scale: Tensor
+    input_scale: Tensor
+
     def __init__(self, weight: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None) -> None:
         """Start from a packed Linear.
 
@@ -49,8 +54,8 @@ class TrainableNVFP4Linear(nn.Module):
             bias: ``[N]`` or None.
         """
         super().__init__()
-        branch = [tensors[part].float() for part in ("svd_down", "svd_up") if part in tensors]
-        self.svd_down, self.svd_up = map(_parameter, branch) if branch else (None, None)
+        self.svd_down = _optional_parameter(tensors.get("svd_down"))
+        self.svd_up = _optional_parameter(tensors.get("svd_up"))
         self.register_buffer("pre_quant_scale", tensors.get("pre_quant_scale"))
         self.register_buffer("block_scale", tensors["weight_scale"].float())
         self.register_buffer("global_scale", tensors["weight_scale_2"].float())
@@ -64,7 +69,7 @@ class TrainableNVFP4Linear(nn.Module):
         blocks = weight.unflatten(-1, (-1, NVFP4_BLOCK))
         self.steps = _parameter(blocks / step[..., None])
         self.gain = _parameter(torch.zeros_like(self.block_scale))
-        self.bias = None if bias is None else _parameter(bias.float())
+        self.bias = _optional_parameter(bias)
 
     def weight(self) -> Tensor:
         """Return the fp32 ``[N, K]`` weight that the plan multiplies by."""
@@ -88,14 +93,18 @@ class TrainableNVFP4Linear(nn.Module):
         with torch.no_grad():
             scale = round_block_scale(self.block_scale * (1 + self.gain))
             codes = encode_e2m1(self.steps.flatten(-2))
-            packed = NVFP4Weight(pack_codes(codes), scale.to(torch.float8_e4m3fn), self.global_scale)
-            stored = {"weight": packed.packed, "weight_scale": packed.block_scale}
+            stored = {"weight": pack_codes(codes), "weight_scale": scale.to(torch.float8_e4m3fn)}
             kept = {"bias": self.bias, "svd_down": self.svd_down, "svd_up": self.svd_up}
             return stored | {k: t.bfloat16() for k, t in kept.items() if t is not None}
 
 
 class TrainableFP8Attention(nn.Module):
     """``EmulatedFP8Attention`` with gradients."""
+
+    q_scale: Tensor
+    k_scale: Tensor
+    v_scale: Tensor
+    softmax_scale: Tensor
 
     def __init__(self, scales: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -149,4 +158,8 @@ def trained_tensors(student: Block) -> dict[str, Tensor]:
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor.clone())
+    return nn.Parameter(tensor.to(torch.float32, copy=True))
+
+
+def _optional_parameter(tensor: Tensor | None) -> nn.Parameter | None:
+    return None if tensor is None else _parameter(tensor)

@@ -31,7 +31,9 @@ def linear(kind: str) -> tuple[nn.Linear, TrainableNVFP4Linear]:
     return module, TrainableNVFP4Linear(module.weight.detach(), stored, module.bias.detach())
 
 
-def stored_tensors(kind: str, module: nn.Linear, trained: TrainableNVFP4Linear) -> dict[str, Tensor]:
+def stored_tensors(
+    kind: str, module: nn.Linear, trained: TrainableNVFP4Linear
+) -> dict[str, Tensor]:
     stored = stored_linear(kind, module.weight.detach()) | trained.tensors()
     return {f"linear.{part}": tensor for part, tensor in stored.items()}
 
