@@ -83,7 +83,7 @@ def test_sizes_are_those_of_an_untrained_checkpoint(
         )
 
 
-class Stop(Exception):
+class UserCancelError(Exception):
     """A user's cancel."""
 
 
@@ -95,10 +95,10 @@ def test_cancelled_training_goes_on_to_the_same_bytes(
     def cancel_in_last_block(phase: str, done: int, total: int) -> None:
         seen.append(phase)
         if phase == "Training single_blocks.1" and seen.count(phase) == STEPS // 2:
-            raise Stop
+            raise UserCancelError
 
     path = tmp_path / "tiny" / "tiny.safetensors"
-    with pytest.raises(Stop):
+    with pytest.raises(UserCancelError):
         quantize(source, path, trained_options(), samples, cancel_in_last_block)
     assert not path.exists()
     assert not list((tmp_path / "tiny").rglob(".training-*"))
