@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from flux_fp4.quant.e2m1 import round_to_e2m1
+from flux_fp4.quant.nvfp4 import E4M3_MAX
 from flux_fp4.quant.training.trainable import TrainableNVFP4Linear
 from mixed_checkpoint import stored_linear
 from torch import Tensor
@@ -68,4 +69,8 @@ def test_weight_and_gradients_are_those_of_dual_lsq() -> None:
     inside = trained.steps.detach().abs() <= 6
     by_weight = (trained.steps.grad / step[..., None])[inside]
     torch.testing.assert_close(by_weight, theirs.grad.view(inside.shape)[inside])
-    torch.testing.assert_close(trained.gain.grad, post.grad.view(step.shape) * 6 * step)
+    # a scale beyond E4M3's range may come back, too
+    within = trained.block_scale * changed <= E4M3_MAX
+    assert within.float().mean() > 0.9
+    by_gain = (post.grad.view(step.shape) * 6 * step)[within]
+    torch.testing.assert_close(trained.gain.grad[within], by_gain)
