@@ -56,7 +56,8 @@ def use_baked(model: Any, patches: Mapping[str, Sequence[Patch]], device: torch.
         device: Where to quantize.
 
     Raises:
-        BakeError: The checkpoint that the engine was quantized from is not there.
+        BakeError: The checkpoint that the engine was quantized from is not there, or its blocks
+            were trained.
         StatisticsMissingError: Its calibration statistics are not there.
         WeightChangeError: ComfyUI cannot apply a patch, or it makes a weight NaN or infinite.
         EngineError: A build failed; what was finished is kept.
@@ -69,6 +70,7 @@ def use_baked(model: Any, patches: Mapping[str, Sequence[Patch]], device: torch.
         use_built(model.engine, replace(selection, adapters={}, baked=None))
         return
     checkpoint = model.checkpoint
+    _check_untrained(checkpoint)
     key = _digest(checkpoint, acting)
     root = checkpoint.path.parent / BAKES
     blocks = [name for name in model.plan_linears if any(f.startswith(f"{name}.") for f in acting)]
@@ -109,6 +111,16 @@ def _make_blocks(
     if not _is_exported(path):
         export_blocks(path, progress)
         progress.show("")
+
+
+def _check_untrained(checkpoint: QuantizedCheckpoint) -> None:
+    recipe = checkpoint.metadata.options.recipe
+    if recipe.training is not None:
+        raise BakeError(
+            checkpoint.name,
+            f"recipe '{recipe.name}' trained its blocks, and baking quantizes without training",
+            "Quantize with another recipe",
+        )
 
 
 def _digest(checkpoint: QuantizedCheckpoint, acting: Mapping[str, Sequence[Patch]]) -> str:

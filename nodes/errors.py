@@ -213,7 +213,7 @@ class WeightChangeError(NodeError):
 
 
 class BakeError(NodeError):
-    """A LoRA cannot be baked into an engine, because the original weights are not there.
+    """A LoRA cannot be baked into an engine: the original weights are not there or do not suffice.
 
     Attributes:
         checkpoint: Name of the engine's quantized checkpoint.

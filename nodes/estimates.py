@@ -19,6 +19,7 @@ from ..quant.durations import (
     linears_formats,
     measure_work,
     quantize_work,
+    train_work,
 )
 from ..quant.errors import QuantError
 from ..quant.trial import trial_run
@@ -124,6 +125,11 @@ def _quantizations(work: Work, runs: Runs) -> Iterable[Estimate | None]:
             yield estimate(runs(measure_work(block, work.device)), weights)
         kind = quantize_work(block, linears_formats(block, options), options, work.device)
         yield estimate(runs(kind), weights)
+        if options.recipe.training is not None:
+            # one sample of a megapixel is enough for a step
+            seen = [TOKENS] * options.recipe.training.steps
+            units = block_operations(source.config, block, weights, seen)
+            yield estimate(runs(train_work(block, work.device)), units)
     yield estimate(runs(FINISH), bytes_outside(source))
 
 

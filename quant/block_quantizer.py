@@ -67,35 +67,55 @@ def quantize_block(
     """
     smoothing = smoothing_scales(weights, statistics.linears, options.recipe, formats, heartbeat)
     tensors: dict[str, Tensor] = {}
-    reports = []
     for linear in formats:
         heartbeat()
-        full_name, seen = f"{name}.{linear}", statistics.linears[linear]
         parts = quantize_linear(
-            full_name,
+            f"{name}.{linear}",
             weights[linear],
             packed[linear],
-            seen,
+            statistics.linears[linear],
             options,
             formats[linear],
             smoothing.get(linear),
         )
         tensors |= {f"{linear}.{part}": tensor for part, tensor in parts.items()}
+    if options.fp8_attention:
+        tensors |= attention_scales(head_dim, statistics, options)
+    return measured_block(name, block, tensors, statistics, formats)
+
+
+def measured_block(
+    name: str,
+    block: Block,
+    tensors: dict[str, Tensor],
+    statistics: BlockStatistics,
+    formats: Mapping[str, Format],
+) -> QuantizedBlock:
+    """Measure what quantized tensors do to a block.
+
+    Args:
+        name: For example ``double_blocks.0``.
+        block: The block in the type to compute in; unchanged.
+        tensors: Quantized tensors by name relative to it.
+        statistics: Of its inputs.
+        formats: By Linear.
+    """
+    reports = []
+    for linear, chosen in formats.items():
+        start, seen = f"{linear}.", statistics.linears[linear]
+        parts = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
         weight_db, output_db = linear_sqnr_db(block.get_submodule(linear), parts, seen)
         reports.append(
             LinearReport(
-                name=full_name,
-                format=formats[linear],
+                name=f"{name}.{linear}",
+                format=chosen,
                 weight_sqnr_db=finite_or_limit(weight_db),
                 output_sqnr_db=finite_or_limit(output_db),
                 input_amax=seen.range.amax,
             )
         )
-    if options.fp8_attention:
-        tensors |= attention_scales(head_dim, statistics, options)
     update_db = finite_or_limit(update_sqnr_db(block, tensors, statistics))
-    report = BlockReport(name=name, update_sqnr_db=update_db)
-    return QuantizedBlock(tensors, tuple(reports), report)
+    return QuantizedBlock(tensors, tuple(reports), BlockReport(name=name, update_sqnr_db=update_db))
 
 
 def attention_scales(
@@ -142,13 +162,13 @@ def linear_sqnr_db(
         for part, tensor in parts.items()
     }
     bias = None if module.bias is None else module.bias.detach()[outputs].float()
-    emulated = emulated_linear("linear", sliced, bias)
+    emulated = emulated_linear("linear", sliced, sliced.get("linear.bias", bias))
     x = statistics.rows.to(weight)
     output_db = sqnr_db(functional.linear(x, weight, bias), emulated(x))
     return sqnr_db(weight, emulated.effective_weight()), output_db
 
 
-_BY_OUTPUT = ("weight", "weight_scale", "svd_up")
+_BY_OUTPUT = ("weight", "weight_scale", "svd_up", "bias")
 """Tensors of a Linear with one row per output."""
 
 

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .block_quantizer import quantize_block
+from .block_quantizer import QuantizedBlock, quantize_block
 from .checkpoint_layout import Layout, is_stored_quantized
 from .checkpoint_writer import CheckpointWriter
 from .durations import block_weights, quantize_work
@@ -20,7 +20,7 @@ from .progress import Progress, Record, unrecorded
 from .quantized_checkpoint import BlockReport, LinearReport
 from .recipe import Format, QuantizeOptions
 from .sources.source import FluxSource
-from .stack import block_statistics, block_with_weights, check_finite
+from .stack import Block, block_statistics, block_with_weights, check_finite
 from .statistics_files import StatisticsFolder
 
 
@@ -43,6 +43,10 @@ class BlockWork:
     formats: Mapping[str, Format]
     device: str
     dtype: torch.dtype
+
+    def block_formats(self, block: str) -> dict[str, Format]:
+        """Return the formats of a block's Linears, by names relative to it."""
+        return {linear: self.formats[f"{block}.{linear}"] for linear in block_linears(block)}
 
 
 def write_blocks(
@@ -71,42 +75,63 @@ def write_blocks(
         heartbeat = partial(progress, f"Quantizing {name}", done, len(blocks))
         heartbeat()
         started = time.monotonic()
-        writer.finish_part(name, _write_block(name, work, layout, writer, heartbeat))
-        formats = [work.formats[f"{name}.{linear}"] for linear in block_linears(name)]
-        kind = quantize_work(name, formats, work.options, work.device)
+        tensors = work.source.submodule(name, work.device)
+        block = block_with_weights(name, work.source.config, tensors, work.dtype)
+        quantized = quantized_block(name, block, tensors, work, heartbeat)
+        write_block(name, tensors, quantized, work, layout, writer)
+        kind = quantize_work(name, work.block_formats(name).values(), work.options, work.device)
         record(kind, block_weights(work.source, name), time.monotonic() - started)
 
 
-def _write_block(
+def quantized_block(
     name: str,
+    block: Block,
+    tensors: Mapping[str, Tensor],
+    work: BlockWork,
+    heartbeat: Callable[[], None],
+) -> QuantizedBlock:
+    """Quantize one block.
+
+    Args:
+        name: For example ``double_blocks.0``.
+        block: Its module in the type to compute in.
+        tensors: Of the block, as the source stores them.
+        work: How to quantize.
+        heartbeat: Called at least once per Linear; may raise to cancel.
+    """
+    linears = block_linears(name)
+    return quantize_block(
+        name,
+        block,
+        {linear: tensors[f"{linear}.weight"] for linear in linears},
+        {linear: work.source.packed(f"{name}.{linear}", work.device) for linear in linears},
+        block_statistics(work.statistics, name),
+        work.options,
+        work.block_formats(name),
+        work.source.config.head_dim,
+        heartbeat,
+    )
+
+
+def write_block(
+    name: str,
+    tensors: Mapping[str, Tensor],
+    quantized: QuantizedBlock,
     work: BlockWork,
     layout: Layout,
     writer: CheckpointWriter,
-    heartbeat: Callable[[], None],
-) -> dict[str, object]:
-    source = work.source
-    tensors = source.submodule(name, work.device)
-    linears = block_linears(name)
-    quantized = quantize_block(
-        name,
-        block_with_weights(name, source.config, tensors, work.dtype),
-        {linear: tensors[f"{linear}.weight"] for linear in linears},
-        {linear: source.packed(f"{name}.{linear}", work.device) for linear in linears},
-        block_statistics(work.statistics, name),
-        work.options,
-        {linear: work.formats[f"{name}.{linear}"] for linear in linears},
-        source.config.head_dim,
-        heartbeat,
-    )
+) -> None:
+    """Write a block's quantized tensors and what stays of the others, as one part."""
     for part, tensor in quantized.tensors.items():
         writer.add(f"{name}.{part}", tensor)
-    written = {f"{linear}.weight" for linear in linears}
+    written = {*quantized.tensors, *(f"{linear}.weight" for linear in block_linears(name))}
     kept = {f"{name}.{part}": value for part, value in tensors.items() if part not in written}
     write_kept({k: v for k, v in kept.items() if k in layout}, work, layout, writer)
-    return {
+    note = {
         "linears": [report.model_dump() for report in quantized.linears],
         "block": quantized.report.model_dump(),
     }
+    writer.finish_part(name, note)
 
 
 def write_kept(

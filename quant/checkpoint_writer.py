@@ -170,6 +170,11 @@ class CheckpointWriter:
             self._journal.append({"part": part, "note": note, "digests": digests})
         self.finished[part] = note
 
+    def read_block(self, block: str) -> dict[str, Tensor]:
+        """Read what was added of a block, by names relative to it."""
+        start = f"{block}."
+        return {n.removeprefix(start): self._read(n) for n in self._digests if n.startswith(start)}
+
     def content_digest(self) -> str:
         """Return the digest over names and bytes of all tensors; all must be written."""
         missing = sorted(set(self._layout) - set(self._digests))
@@ -191,6 +196,14 @@ class CheckpointWriter:
             self._partial.replace(self._path)
             self.finished.clear()
             sync_folder(self._path.parent)
+
+    def _read(self, name: str) -> Tensor:
+        dtype, shape = self._layout[name]
+        begin, end = self._offsets[name]
+        with self._storing():
+            self._file.seek(self._data_start + begin)
+            data = bytearray(self._file.read(end - begin))
+        return torch.frombuffer(data, dtype=torch.uint8).view(dtype).view(shape)
 
     def _storing(self) -> contextlib.AbstractContextManager[None]:
         return storing(self._path, self._total_bytes)

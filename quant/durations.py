@@ -82,6 +82,11 @@ def calibrate_work(block: str, device: str) -> str:
     return f"calibrate {block_kind(block)}, {_device_type(device)}"
 
 
+def train_work(block: str, device: str) -> str:
+    """Name the work of training a block; its units are operations of one pass."""
+    return f"train {block_kind(block)}, {_device_type(device)}"
+
+
 def block_operations(config: FluxConfig, block: str, weights: int, tokens: Sequence[int]) -> float:
     """Count the multiplications and additions of samples in a block.
 

@@ -52,7 +52,8 @@ class EmulatedLinear(nn.Module):
         if self.pre_quant_scale is not None:
             x = x * self.pre_quant_scale.to(x.dtype)
         rounded = x if self.quantize_input is None else self.quantize_input(x)
-        y = functional.linear(rounded, self.weight.to(x.dtype), self.bias)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        y = functional.linear(rounded, self.weight.to(x.dtype), bias)
         if self.branch is not None:
             down, up = self.branch
             y = y + functional.linear(functional.linear(x, down.to(x.dtype)), up.to(x.dtype))
@@ -112,8 +113,9 @@ def emulated_block(
     Args:
         block: The block with its biases, norms, modulation and high-precision Linears.
         tensors: Quantized tensors by name relative to the block, as in the checkpoint. Every
-            Linear with an ``<linear>.input_scale`` is emulated in its own format; the others stay
-            the block's. ``attention.q_scale``, ``.k_scale``, ``.v_scale`` make attention FP8.
+            Linear with an ``<linear>.input_scale`` is emulated in its own format, with its
+            ``<linear>.bias`` if that is among them; the others stay the block's.
+            ``attention.q_scale``, ``.k_scale``, ``.v_scale`` make attention FP8.
 
     Returns:
         The emulating block; ``block`` is unchanged and shares its other parameters.
@@ -123,7 +125,9 @@ def emulated_block(
         if name.endswith(".input_scale"):
             linear = name.removesuffix(".input_scale")
             module: nn.Linear = block.get_submodule(linear)  # type: ignore[assignment]
-            twin = emulated_linear(linear, tensors, module.bias, module.weight.dtype)
+            # training changes biases too
+            bias = tensors.get(f"{linear}.bias", module.bias)
+            twin = emulated_linear(linear, tensors, bias, module.weight.dtype)
             emulated.set_submodule(linear, twin)
     scales = {
         name: tensors[f"attention.{name}"]

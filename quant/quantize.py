@@ -22,6 +22,7 @@ from .recipe import QuantizeOptions
 from .sources.source import FluxSource
 from .stack import collect_statistics, compute_dtype
 from .statistics_files import StatisticsFolder
+from .training.trained_blocks import write_trained_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +83,10 @@ def quantize_checkpoint(
     layout = checkpoint_layout(source, formats, options)
     blocks = source.config.block_names
     with CheckpointWriter(destination, layout, _job(work, calibration)) as writer:
-        write_blocks(blocks, work, layout, writer, progress, record)
+        if options.recipe.training is None:
+            write_blocks(blocks, work, layout, writer, progress, record)
+        else:
+            write_trained_blocks(blocks, work, calibration, layout, writer, progress, record)
         progress("Copying high-precision tensors", len(blocks), len(blocks))
         finishing = time.monotonic()
         _write_rest(work, layout, writer)

@@ -55,13 +55,41 @@ class LinearReport(BaseModel):
     input_amax: float
 
 
+class TrainingReport(BaseModel):
+    """What training did to one block, on samples that it did not learn from.
+
+    Attributes:
+        before_db: SQNR of the block's output, behind quantized blocks, before training.
+        after_db: After training. Not above ``before_db``: the untrained block was kept.
+        steps: How long it was trained.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    before_db: float
+    after_db: float
+    steps: int
+
+    @property
+    def helped(self) -> bool:
+        """Whether the trained block is the better one, and was kept."""
+        return self.after_db > self.before_db
+
+
 class BlockReport(BaseModel):
-    """SQNR of what one block adds to its input, all its quantization taken together."""
+    """SQNR of what one block adds to its input, all its quantization taken together.
+
+    Attributes:
+        name: Of the block.
+        update_sqnr_db: Behind blocks in full precision, in dB.
+        training: None for a recipe without training.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str
     update_sqnr_db: float
+    training: TrainingReport | None = None
 
 
 class QuantizedMetadata(BaseModel):

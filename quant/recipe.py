@@ -17,6 +17,7 @@ Format = Literal["nvfp4", "fp8", "bf16"]
 RECIPES = (
     "nvfp4-max",
     "nvfp4-mse",
+    "nvfp4-qat",
     "nvfp4-awq",
     "nvfp4-svdquant-r16",
     "nvfp4-svdquant-r32",
@@ -84,6 +85,21 @@ class FormatBudget(_Frozen):
         return self
 
 
+class TrainingOptions(_Frozen):
+    """Distilling each block from the original, after it was quantized.
+
+    Attributes:
+        steps: Optimizer steps per block.
+        learning_rate: Of the values behind the codes; its unit is the step between codes, so one
+            rate suits every Linear of every model.
+        relative_learning_rate: Of block scales, biases and low-rank branch, in parts of their size.
+    """
+
+    steps: int = Field(default=200, ge=1, le=100_000)
+    learning_rate: float = Field(default=3e-3, gt=0, le=1)
+    relative_learning_rate: float = Field(default=1e-3, gt=0, le=1)
+
+
 class Recipe(_Frozen):
     """How to quantize.
 
@@ -96,6 +112,7 @@ class Recipe(_Frozen):
         smoothing: ``awq`` moves outliers of the input into the weight, channel by channel.
         low_rank: The branch in high precision, if any.
         auto: If set, ``linears`` is where measured sensitivity starts from.
+        training: If set, every block is trained after it was quantized, one after the other.
     """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,49}$")
@@ -106,6 +123,7 @@ class Recipe(_Frozen):
     smoothing: Literal["none", "awq"] = "none"
     low_rank: LowRankOptions | None = None
     auto: FormatBudget | None = None
+    training: TrainingOptions | None = None
 
     def format_of(self, linear: str) -> Format:
         """Return the format of a Linear by its full name, before ``auto`` changes it."""

@@ -22,8 +22,13 @@ class SQNR:
     def add(self, reference: Tensor, actual: Tensor) -> None:
         """Count a pair of equally shaped tensors."""
         reference = reference.double()
-        self._signal += torch.sum(reference**2).item()
-        self._noise += torch.sum((actual.double() - reference) ** 2).item()
+        signal = torch.sum(reference**2).item()
+        self.add_energies(signal, torch.sum((actual.double() - reference) ** 2).item())
+
+    def add_energies(self, signal: float, noise: float) -> None:
+        """Count sums of squares."""
+        self._signal += signal
+        self._noise += noise
 
     @property
     def db(self) -> float:

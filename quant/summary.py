@@ -28,6 +28,8 @@ def quantized_summary(checkpoint: QuantizedCheckpoint) -> str:
         f"({size / metadata.source_bytes:.0%})",
         _linears_in_short(metadata),
     ]
+    if metadata.options.recipe.training is not None:
+        lines.append(_training_in_short(metadata))
     if metadata.velocity_sqnr_db is not None:
         lines.append(
             f"{metadata.source_name} predicts the velocity of the calibration pictures at "
@@ -54,6 +56,17 @@ def _linears_in_short(metadata: QuantizedMetadata) -> str:
         f"output SQNR of the quantized Linears: {mean:.1f} dB on average, "
         f"{worst.output_sqnr_db:.1f} dB at worst ({worst.name})"
     )
+
+
+def _training_in_short(metadata: QuantizedMetadata) -> str:
+    reports = [block.training for block in metadata.blocks if block.training is not None]
+    helped = [report for report in reports if report.helped]
+    before, after = (
+        fmean(getattr(report, name) for report in helped) if helped else 0.0
+        for name in ("before_db", "after_db")
+    )
+    gain = f", their outputs from {before:.1f} to {after:.1f} dB on average" if helped else ""
+    return f"training helped {len(helped)} of {len(reports)} blocks{gain}"
 
 
 def decibels(sqnr_db: float) -> str:

@@ -33,9 +33,14 @@ WARM_UP_WIDTH = 256
 MLP_RATIO = 0.125
 """Linears keep one long side, as in the whole model, with fewer weights in all."""
 
-_SIDE, _TEXT_TOKENS, _TIMESTEPS = 64, 64, 2
+_SIDE, _TEXT_TOKENS, _TIMESTEPS = 64, 64, 1
 """Latent of 1,024 tokens. With fewer, loading a block takes longer than running it, and calibration
 with whole pictures was estimated three times too high."""
+
+_PICTURES = 2
+"""Training needs one to learn from and one to be judged by."""
+
+_TRAINING_STEPS = 2
 
 _REACHED_FLOOR = 0.01
 """A budget for recipe ``auto`` that any block keeps: which formats it chooses does not matter."""
@@ -133,6 +138,10 @@ def _run(
         budget = FormatBudget(floor_db=_REACHED_FLOOR)
         recipe = options.recipe.model_copy(update={"auto": budget})
         options = options.model_copy(update={"recipe": recipe})
+    if options.recipe.training is not None:
+        training = options.recipe.training.model_copy(update={"steps": _TRAINING_STEPS})
+        recipe = options.recipe.model_copy(update={"training": training})
+        options = options.model_copy(update={"recipe": recipe})
     cut, path = CutSource(source, width), folder / f"{folder.name}.safetensors"
     quantize_checkpoint(
         cut,
@@ -155,7 +164,7 @@ def _samples(config: FluxConfig) -> CalibrationSet:
         torch.randn(1, _TEXT_TOKENS, config.context_in_dim, generator=generator),
         None,
         1.0 if config.guidance_embed else None,
-        torch.randn(1, extra, _SIDE, _SIDE, generator=generator) if extra else None,
+        torch.randn(_PICTURES, extra, _SIDE, _SIDE, generator=generator) if extra else None,
     )
-    latents = torch.randn(1, config.out_channels, _SIDE, _SIDE, generator=generator)
+    latents = torch.randn(_PICTURES, config.out_channels, _SIDE, _SIDE, generator=generator)
     return rectified_flow_samples(latents, [condition], _TIMESTEPS, 0)

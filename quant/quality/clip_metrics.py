@@ -54,7 +54,7 @@ class CLIPScore:
         for index, prompt in enumerate(prompts):
             picture = pictures[index].to(self._device)
             with torch.no_grad():
-                score = clip_score(picture, prompt, model_name_or_path=self._clip)  # type: ignore[arg-type]
+                score = clip_score(picture, prompt, model_name_or_path=self._clip)
             scores.append(score.item())
             progress(f"CLIPScore of {pictures.name}", index + 1, len(prompts))
         return scores
@@ -67,7 +67,7 @@ class CLIPIQA:
         from torchmetrics.multimodal import CLIPImageQualityAssessment
 
         self._device = device
-        self._metric: Any = CLIPImageQualityAssessment(model_name_or_path=clip)
+        self._metric: Any = CLIPImageQualityAssessment(model_name_or_path=clip)  # type: ignore[arg-type]
         self._metric.to(device)
 
     def values(self, pictures: Pictures, prompts: Sequence[str], progress: Progress) -> list[float]:

@@ -84,8 +84,10 @@ def save_flux(
     return path
 
 
-def random_samples(config: FluxConfig = TINY, seed: int = 0, timesteps: int = 2) -> CalibrationSet:
-    """Calibration samples of two non-square latents with one prompt each."""
+def random_samples(
+    config: FluxConfig = TINY, seed: int = 0, timesteps: int = 2, pictures: int = 2
+) -> CalibrationSet:
+    """Calibration samples of non-square latents with one prompt each."""
     generator = torch.Generator().manual_seed(seed)
     size, extra = (6, 8), config.in_channels - config.out_channels
     prompts = [
@@ -93,11 +95,11 @@ def random_samples(config: FluxConfig = TINY, seed: int = 0, timesteps: int = 2)
             torch.randn(1, 10, config.context_in_dim, generator=generator),
             torch.randn(1, config.vec_in_dim, generator=generator) if config.vec_in_dim else None,
             3.5,
-            torch.randn(2, extra, *size, generator=generator) if extra else None,
+            torch.randn(pictures, extra, *size, generator=generator) if extra else None,
         )
-        for _ in range(2)
+        for _ in range(pictures)
     ]
-    latents = torch.randn(2, config.out_channels, *size, generator=generator)
+    latents = torch.randn(pictures, config.out_channels, *size, generator=generator)
     return rectified_flow_samples(latents, prompts, timesteps, seed)
 
 

@@ -1,0 +1,1 @@
+"""Training quantized blocks against the model that they were made from."""
