@@ -30,8 +30,8 @@ def load_clip(metric: str, device: str) -> Clip:
         MetricLibraryError: transformers is missing.
         MetricWeightsError: The weights are neither here nor can be fetched.
     """
-    pair = loaded(METRICS[metric].title, _pretrained, MODEL, "huggingface.co")
-    return clip_of(*pair, device)
+    network, processor = loaded(METRICS[metric].title, _pretrained, MODEL, "huggingface.co")
+    return clip_of(network, processor, device)
 
 
 def clip_of(network: nn.Module, processor: Any, device: str = "cpu") -> Clip:
@@ -54,7 +54,7 @@ class CLIPScore:
         for index, prompt in enumerate(prompts):
             picture = pictures[index].to(self._device)
             with torch.no_grad():
-                score = clip_score(picture, prompt, model_name_or_path=self._clip)  # type: ignore[arg-type]
+                score = clip_score(picture, prompt, model_name_or_path=self._clip)
             scores.append(score.item())
             progress(f"CLIPScore of {pictures.name}", index + 1, len(prompts))
         return scores
@@ -76,7 +76,8 @@ class CLIPIQA:
         for index in range(len(pictures)):
             # From 0 to 255: the processor of CLIP divides by 255 itself.
             self._metric.update(pictures[index][None].to(self._device).float())
-            values.append(float(self._metric.compute()))
+            value: Any = self._metric.compute()
+            values.append(float(value))
             self._metric.reset()
             progress(f"CLIP-IQA of {pictures.name}", index + 1, len(pictures))
         return values
@@ -85,9 +86,10 @@ class CLIPIQA:
 class _FeatureTensors(nn.Module):
     """torchmetrics 1.9 expects tensors, which transformers 5 puts into an object."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: Any) -> None:
         super().__init__()
-        self.network, self.config = network, network.config
+        self.network: Any = network
+        self.config = network.config
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
         return _features(self.network.get_image_features(pixel_values))

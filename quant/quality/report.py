@@ -122,7 +122,7 @@ def _written(report: QualityReport, table: Table) -> str:
 
 def _value_rows(report: QualityReport) -> tuple[Row, list[Row]]:
     header = ("metric", "better", "pictures", "mean", f"{CONFIDENCE:.0%} interval", "equal")
-    rows = []
+    rows: list[Row] = []
     for found in report.values:
         info = METRICS[found.metric]
         mean = interval = "-"
@@ -136,7 +136,7 @@ def _value_rows(report: QualityReport) -> tuple[Row, list[Row]]:
 
 
 def _distance_rows(report: QualityReport) -> tuple[Row, list[Row]]:
-    rows = []
+    rows: list[Row] = []
     for found in report.distances:
         info, result = METRICS[found.metric], found.result
         spread = "" if result.deviation is None else f"{result.deviation:.{info.digits}f}"
@@ -149,7 +149,7 @@ def _comparison_rows(report: QualityReport) -> tuple[Row, list[Row]]:
         "metric", "from", "to", "difference", "by Student", "by bootstrap", "p", "d_z",
         "would show", "prompts", "prompts PTQ-QAT",
     )  # fmt: skip
-    rows = []
+    rows: list[Row] = []
     for found in report.comparisons:
         info, result = METRICS[found.metric], found.result
         rows.append(
