@@ -76,7 +76,8 @@ class CLIPIQA:
         for index in range(len(pictures)):
             # From 0 to 255: the processor of CLIP divides by 255 itself.
             self._metric.update(pictures[index][None].to(self._device).float())
-            values.append(float(self._metric.compute()))
+            value: Any = self._metric.compute()
+            values.append(float(value))
             self._metric.reset()
             progress(f"CLIP-IQA of {pictures.name}", index + 1, len(pictures))
         return values
@@ -85,7 +86,7 @@ class CLIPIQA:
 class _FeatureTensors(nn.Module):
     """torchmetrics 1.9 expects tensors, which transformers 5 puts into an object."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: Any) -> None:
         super().__init__()
         self.network: Any = network
         self.config = network.config

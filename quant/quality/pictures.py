@@ -43,9 +43,9 @@ class Pictures(Protocol):
 class FolderPictures:
     """The picture files of a folder, by name; each is read when it is asked for."""
 
-    def __init__(self, folder: Path, labels: Sequence[str] | None = None) -> None:
+    def __init__(self, folder: Path) -> None:
         self.name, self._folder = folder.name, folder
-        self.labels = _picture_names(folder) if labels is None else labels
+        self.labels: Sequence[str] = _picture_names(folder)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -73,7 +73,7 @@ class BatchPictures:
 
     def __init__(self, name: str, batch: Tensor) -> None:
         self.name, self._batch = name, batch
-        self.labels = [str(number) for number in range(1, len(batch) + 1)]
+        self.labels: Sequence[str] = [str(number) for number in range(1, len(batch) + 1)]
 
     def __len__(self) -> int:
         return len(self._batch)
