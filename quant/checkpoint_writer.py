@@ -16,7 +16,7 @@ import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -174,6 +174,22 @@ class CheckpointWriter:
         """Read what was added of a block, by names relative to it."""
         start = f"{block}."
         return {n.removeprefix(start): self._read(n) for n in self._digests if n.startswith(start)}
+
+    @contextlib.contextmanager
+    def scratch_folder(self) -> Iterator[Path]:
+        """Make an empty folder beside the file, for as long as the context lasts.
+
+        What a killed run left in it is deleted: this writer holds the file's lock.
+        """
+        folder = self._path.with_name(f".{self._path.stem}.scratch")
+        shutil.rmtree(folder, ignore_errors=True)
+        with self._storing():
+            folder.mkdir()
+        try:
+            yield folder
+        finally:
+            # on Windows a mapped file stays until it is unmapped; the next run deletes it
+            shutil.rmtree(folder, ignore_errors=True)
 
     def content_digest(self) -> str:
         """Return the digest over names and bytes of all tensors; all must be written."""

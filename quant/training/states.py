@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..calibration import SampleState
 from ..stack import tokens
+from ..whole_files import storing
 
 
 class StateFiles:
@@ -27,6 +28,9 @@ class StateFiles:
         Args:
             folder: Exists, and is the caller's to delete.
             states: Before the first block; on any device.
+
+        Raises:
+            DiskFullError, FileWriteError: The system refuses to write.
         """
         self._states = [
             _mapped(state, folder / f"{index}.tokens") for index, state in enumerate(states)
@@ -53,9 +57,13 @@ class StateFiles:
 
 
 def _mapped(state: SampleState, path: Path) -> SampleState:
-    values = tokens(state)
+    values = tokens(state).cpu().contiguous()
+    data = values.view(-1).view(torch.uint8).numpy().data
+    # written first: a mapped file that grows on a full disk would end the process
+    with storing(path, len(data)):
+        path.write_bytes(data)
     flat = torch.from_file(str(path), shared=True, size=values.numel(), dtype=values.dtype)
-    mapped = flat.view(values.shape).copy_(values)
+    mapped = flat.view(values.shape)
     if state.txt is None:
         return replace(state, img=mapped)
     txt, img = mapped.split((state.txt.shape[1], state.img.shape[1]), dim=1)

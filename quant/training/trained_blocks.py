@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -25,9 +24,6 @@ from ..stack import Block, block_statistics, block_with_weights, embed, placed, 
 from .block_training import BlockSamples, held_out_samples, train_block
 from .states import StateFiles
 from .trainable import trainable_block, trained_tensors
-
-TEMPORARY = ".training-"
-"""Start of the name of the folder that holds activations while training runs."""
 
 MIN_PICTURES = 2
 """One to learn from and one to be judged by."""
@@ -60,14 +56,13 @@ def write_trained_blocks(
         CalibrationError: There is only one picture.
     """
     held_out = _held_out(calibration)
-    root = work.statistics.path
     # tensors made in inference mode could not take part in training
     with (
         torch.inference_mode(False),
         torch.no_grad(),
-        tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=root, ignore_cleanup_errors=True) as name,
+        writer.scratch_folder() as folder,
     ):
-        targets, inputs = _embedded(Path(name), work, calibration)
+        targets, inputs = _embedded(folder, work, calibration)
         for done, block in enumerate(blocks):
             tell = partial(_tell, progress, block, done, len(blocks))
             tensors = work.source.submodule(block, work.device)

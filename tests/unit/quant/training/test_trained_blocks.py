@@ -101,11 +101,15 @@ def test_cancelled_training_goes_on_to_the_same_bytes(
     with pytest.raises(UserCancelError):
         quantize(source, path, trained_options(), samples, cancel_in_last_block)
     assert not path.exists()
-    assert not list((tmp_path / "tiny").rglob(".training-*"))
+    assert not list(tmp_path.rglob("*.tokens"))
+    leftover = path.parent / ".tiny.scratch" / "original" / "0.tokens"
+    leftover.parent.mkdir(parents=True)
+    leftover.write_bytes(b"of a run that was killed")
     seen.clear()
     quantize(source, path, trained_options(), samples, lambda phase, *_: seen.append(phase))
     assert {phase for phase in seen if phase.startswith("Training")} == {"Training single_blocks.1"}
     assert path.read_bytes() == trained.path.read_bytes()
+    assert not list(tmp_path.rglob("*.tokens"))
 
 
 def test_block_that_training_spoils_stays_untrained(
