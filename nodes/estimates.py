@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from ..trt_runtime.spec import BuildSpec
 
 TRIAL_SECONDS = 30.0
-"""A trial takes less than 10 s on an idle desktop machine, and is given up after this."""
+"""A trial is given up after this; the report says so."""
 
 SAMPLES, TOKENS = 8, 4096 + 512
 """What calibration is estimated for: one picture of a megapixel at the default noise levels."""

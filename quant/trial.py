@@ -34,8 +34,7 @@ MLP_RATIO = 0.125
 """Linears keep one long side, as in the whole model, with fewer weights in all."""
 
 _SIDE, _TEXT_TOKENS, _TIMESTEPS = 64, 64, 1
-"""Latent of 1,024 tokens. With fewer, loading a block takes longer than running it, and calibration
-with whole pictures was estimated three times too high."""
+"""Latent of 1,024 tokens: with a few, loading a block takes longer than running it."""
 
 _PICTURES = 2
 """Training needs one to learn from and one to be judged by."""
