@@ -12,10 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flux_fp4.trt_runtime import errors
 from flux_fp4.trt_runtime.backend import Backend, Gpu, choose_backend, load_backend
 from flux_fp4.trt_runtime.engine import Engine
 from flux_fp4.trt_runtime.errors import EngineError
+from flux_fp4.trt_runtime.errors.backend import EngineTargetError, EngineVersionError
+from flux_fp4.trt_runtime.errors.engine import (
+    EngineStaleError,
+    ManifestInvalidError,
+    ManifestMissingError,
+    PlanDigestError,
+    PlanMissingError,
+    PlanTruncatedError,
+)
 from flux_fp4.trt_runtime.manifest import check_plan, load_manifest, verify_engine
 
 Edit = Callable[[dict[str, Any]], None]
@@ -67,7 +75,7 @@ def test_flipped_bit_in_a_plan(engine_copy: Path) -> None:
     data = bytearray(plan.read_bytes())
     data[-1] ^= 1
     plan.write_bytes(data)
-    error = refused(engine_copy, errors.PlanDigestError)
+    error = refused(engine_copy, PlanDigestError)
     assert plan.name in str(error)
     assert "built on this machine" in str(error)
 
@@ -76,7 +84,7 @@ def test_plan_changed_between_check_and_use(engine_copy: Path) -> None:
     entry = load_manifest(engine_copy).blocks[0]
     plan = engine_copy / entry.file
     plan.write_bytes(bytes(entry.bytes))
-    with pytest.raises(errors.PlanDigestError):
+    with pytest.raises(PlanDigestError):
         check_plan(engine_copy, entry)
 
 
@@ -84,52 +92,52 @@ def test_truncated_plan(engine_copy: Path) -> None:
     plan = plan_of(engine_copy)
     size = plan.stat().st_size
     plan.write_bytes(plan.read_bytes()[: size // 2])
-    error = refused(engine_copy, errors.PlanTruncatedError)
+    error = refused(engine_copy, PlanTruncatedError)
     assert str(size) in str(error)
     assert str(size // 2) in str(error)
 
 
 def test_missing_plan(engine_copy: Path) -> None:
     plan_of(engine_copy).unlink()
-    refused(engine_copy, errors.PlanMissingError)
+    refused(engine_copy, PlanMissingError)
 
 
 def test_plan_that_is_a_link(engine_copy: Path, tmp_path: Path) -> None:
     plan = plan_of(engine_copy)
     elsewhere = plan.rename(tmp_path / "elsewhere.plan")
     plan.symlink_to(elsewhere)
-    refused(engine_copy, errors.PlanMissingError)
+    refused(engine_copy, PlanMissingError)
 
 
 def test_plans_without_manifest(engine_copy: Path) -> None:
     (engine_copy / "manifest.json").unlink()
-    error = refused(engine_copy, errors.ManifestMissingError)
+    error = refused(engine_copy, ManifestMissingError)
     assert (error.plans, error.unfinished) == (2, False)
     assert "2 plan files found, none was opened" in str(error)
 
 
 def test_plans_of_an_unfinished_build(engine_copy: Path) -> None:
     (engine_copy / "manifest.json").rename(engine_copy / "build.json")
-    error = refused(engine_copy, errors.ManifestMissingError)
+    error = refused(engine_copy, ManifestMissingError)
     assert error.unfinished
     assert "did not finish" in str(error)
 
 
 def test_folder_that_does_not_exist(engine_copy: Path) -> None:
-    refused(engine_copy.parent / "sm999", errors.ManifestMissingError)
+    refused(engine_copy.parent / "sm999", ManifestMissingError)
 
 
 def test_onnx_exported_again_after_the_build(engine_copy: Path) -> None:
     onnx = engine_copy.parent / "single_blocks.0.onnx"
     onnx.write_bytes(onnx.read_bytes().replace(b"nvfp4-max", b"nvfp4-min"))
-    error = refused(engine_copy, errors.EngineStaleError)
+    error = refused(engine_copy, EngineStaleError)
     assert "single_blocks.0" in str(error)
 
 
 def test_other_release_of_the_library(engine_copy: Path) -> None:
     installed = load_backend("tensorrt_rtx")
     before = contents(engine_copy)
-    with pytest.raises(errors.EngineVersionError) as caught:
+    with pytest.raises(EngineVersionError) as caught:
         verify_engine(
             engine_copy, load_manifest(engine_copy), replace(installed, version="1.8.0.1")
         )
@@ -140,14 +148,14 @@ def test_other_release_of_the_library(engine_copy: Path) -> None:
 
 def test_plans_of_the_other_library(engine_copy: Path) -> None:
     other = Backend("tensorrt", load_backend("tensorrt_rtx").version, None, False, False)
-    with pytest.raises(errors.EngineVersionError):
+    with pytest.raises(EngineVersionError):
         verify_engine(engine_copy, load_manifest(engine_copy), other)
 
 
 def test_other_gpu_generation(engine_copy: Path) -> None:
     manifest = load_manifest(engine_copy)
     gpu = Gpu("sm89", "NVIDIA GeForce RTX 4090", "")
-    with pytest.raises(errors.EngineTargetError) as caught:
+    with pytest.raises(EngineTargetError) as caught:
         choose_backend("tensorrt_rtx", manifest.backend, manifest.targets, gpu)
     assert (caught.value.sm, caught.value.targets) == ("sm89", ("sm120",))
     assert "targets SM120; this GPU is SM89 (NVIDIA GeForce RTX 4090)" in str(caught.value)
@@ -185,7 +193,7 @@ HOSTILE_EDITS: dict[str, tuple[Edit, str]] = {
 @pytest.mark.parametrize(("edit", "field"), HOSTILE_EDITS.values(), ids=list(HOSTILE_EDITS))
 def test_manifest_with_a_hostile_field(engine_copy: Path, edit: Edit, field: str) -> None:
     edit_manifest(engine_copy, edit)
-    error = refused(engine_copy, errors.ManifestInvalidError)
+    error = refused(engine_copy, ManifestInvalidError)
     assert error.field == field
     assert "manifest.json" in str(error)
 
@@ -197,13 +205,13 @@ def test_manifest_with_a_hostile_field(engine_copy: Path, edit: Edit, field: str
 )
 def test_manifest_that_is_not_one(engine_copy: Path, content: bytes) -> None:
     (engine_copy / "manifest.json").write_bytes(content)
-    refused(engine_copy, errors.ManifestInvalidError)
+    refused(engine_copy, ManifestInvalidError)
 
 
 def test_manifest_of_unreasonable_size(engine_copy: Path) -> None:
     with (engine_copy / "manifest.json").open("r+b") as file:
         file.truncate(9 << 20)
     before = {p.name for p in engine_copy.iterdir()}
-    with pytest.raises(errors.ManifestInvalidError, match="larger"):
+    with pytest.raises(ManifestInvalidError, match="larger"):
         Engine.open(engine_copy)
     assert {p.name for p in engine_copy.iterdir()} == before
