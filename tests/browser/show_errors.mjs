@@ -11,14 +11,15 @@ import { chromium as playwright } from 'playwright-core'
 const [url, screenshots, file] = process.argv.slice(2)
 const ERRORS_TAB = 'Comfy.RightSidePanel.ShowErrorsTab'
 
-const browser = await playwright.launch({
-  executablePath: await chromium.executablePath(),
-  args: [...chromium.args, '--no-sandbox'],
-  headless: true
-})
-const page = await browser.newPage({ viewport: { width: 1600, height: 1000 } })
+async function startBrowser() {
+  return playwright.launch({
+    executablePath: await chromium.executablePath(),
+    args: [...chromium.args, '--no-sandbox'],
+    headless: true
+  })
+}
 
-async function openFrontend(showsTab) {
+async function openFrontend(page, showsTab) {
   await page.goto(url, { waitUntil: 'domcontentloaded' })
   await page.waitForFunction(
     () => window.app?.graph && 'FluxFP4LoadEngine' in (window.LiteGraph?.registered_node_types ?? {}),
@@ -34,7 +35,7 @@ async function openFrontend(showsTab) {
   )
 }
 
-async function run(prompt) {
+async function run(page, prompt) {
   await page.evaluate((workflow) => app.loadApiJson(workflow, 'error'), prompt)
   await page.waitForFunction(
     (count) => app.graph.nodes.length === count,
@@ -46,7 +47,7 @@ async function run(prompt) {
 }
 
 // What an element says, whether it has the text in one piece, and whether nothing hides any of it.
-async function shown(selector, text) {
+async function shown(page, selector, text) {
   return page.evaluate(
     ([place, wanted]) => {
       const element = document.querySelector(place)
@@ -86,8 +87,11 @@ const cases = JSON.parse(fs.readFileSync(file, 'utf8'))
 for (const [name, { prompt, text, places }] of Object.entries(cases)) {
   report[name] = {}
   for (const kind of places) {
-    await openFrontend(kind === 'panel')
-    await run(prompt)
+    // A browser of its own for each: the frontend opens the workflows of its last page again.
+    const browser = await startBrowser()
+    const page = await browser.newPage({ viewport: { width: 1600, height: 1000 } })
+    await openFrontend(page, kind === 'panel')
+    await run(page, prompt)
     if (kind === 'panel') await page.getByTestId('error-overlay-see-errors').click({ timeout: 90000 })
     const selector = kind === 'panel' ? '[data-testid=properties-panel]' : '[role=dialog]'
     await page.waitForSelector(selector, { timeout: 90000 })
@@ -105,9 +109,9 @@ for (const [name, { prompt, text, places }] of Object.entries(cases)) {
       )
       .catch(() => {})
     await page.waitForTimeout(500)
-    report[name][kind] = await shown(selector, text)
+    report[name][kind] = await shown(page, selector, text)
     await page.screenshot({ path: path.join(screenshots, `error_${name}_${kind}.png`) })
+    await browser.close()
   }
 }
-await browser.close()
 console.log(JSON.stringify(report))

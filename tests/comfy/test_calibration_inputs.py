@@ -180,6 +180,6 @@ def test_samples_are_saved_for_the_command_line(
 
 @pytest.mark.parametrize("name", ["../a", "/a", ".a", "a/b", "con"])
 def test_hostile_names_of_samples_are_refused(name: str) -> None:
-    assert "cannot be used" in str(CalibrationSamples.validate_inputs(save_as=name))
+    assert "cannot be the name of a file" in str(CalibrationSamples.validate_inputs(save_as=name))
     with pytest.raises(ArtifactNameError, match="FLUX Calibration Samples"):
         paths.samples_file(name)

@@ -181,7 +181,7 @@ def test_formats_are_counted_apart(blocks: Callable[..., Path]) -> None:
 def test_specs_that_lose_precision_are_refused_before_building(
     engine_copy: Path, spec: BuildSpec, match: str
 ) -> None:
-    with pytest.raises(BuildSpecError, match=match):
+    with pytest.raises((BuildSpecError, FormatTargetError), match=match):
         build_engine(engine_copy.parent, spec, silent)
 
 
@@ -199,7 +199,7 @@ def test_fp8_builds_for_the_first_generation_that_has_it(blocks: Callable[..., P
 @pytest.mark.parametrize(
     ("sm", "fp8_attention", "match"),
     [
-        ("sm86", True, "switch 'fp8 attention' off"),
+        ("sm86", True, "switch off 'fp8 attention'"),
         ("sm75", False, "sm80 or newer"),
         ("sm86", False, None),
     ],
@@ -209,7 +209,7 @@ def test_targets_of_high_precision_blocks(sm: str, fp8_attention: bool, match: s
     formats = BlockFormats("single_blocks.0", False, False, fp8_attention, "bf16")
     with contextlib.ExitStack() as stack:
         if match:
-            stack.enter_context(pytest.raises(BuildSpecError, match=match))
+            stack.enter_context(pytest.raises((BuildSpecError, FormatTargetError), match=match))
         check_formats(sm, formats)
 
 
