@@ -46,6 +46,7 @@ from flux_fp4.quant.quantized_checkpoint import QuantizedCheckpoint  # noqa: E40
 from flux_fp4.quant.recipe import QuantizeOptions, named_recipe  # noqa: E402
 from flux_fp4.quant.sources.source import open_source  # noqa: E402
 from flux_fp4.quant.sqnr import SQNR  # noqa: E402
+from small_model.alternatives import comfy_kitchen_model  # noqa: E402
 from small_model.autoencoder import latents_of  # noqa: E402
 from small_model.classifier import DigitClassifier  # noqa: E402
 from small_model.conditioning import encode_prompts  # noqa: E402
@@ -92,7 +93,10 @@ class Row:
         return ", ".join(parts)
 
 
+COMFY_KITCHEN = "comfy_kitchen"
+
 ROWS = (
+    Row(COMFY_KITCHEN, fp8_attention=False),
     Row("nvfp4-max"),
     Row("nvfp4-mse"),
     Row("nvfp4-awq"),
@@ -186,7 +190,9 @@ class Bench:
     def result(self, row: Row | None) -> Result:
         """Measure a row; None measures the original."""
         size, extra, seconds, model = 0, 0.0, 0.0, self.original
-        if row is not None:
+        if row is not None and row.recipe == COMFY_KITCHEN:
+            model, size = comfy_kitchen_model(self.source)
+        elif row is not None:
             checkpoint, seconds = self.quantized(row)
             model = quantized_model(self.source, checkpoint)
             size, extra = plan_bytes(checkpoint), extra_operations(checkpoint)
@@ -231,7 +237,7 @@ def plan_bytes(checkpoint: QuantizedCheckpoint) -> int:
     """Count the bytes of all Linears in plans."""
     blocks = ("double_blocks.", "single_blocks.")
     return sum(
-        tensor.end - tensor.begin
+        tensor.length
         for name, tensor in checkpoint.tensors.items()
         if name.startswith(blocks) and "mod" not in name
     )
