@@ -6,6 +6,7 @@
     <root>/recipes/<name>.yaml                  a recipe of the user's own
     <root>/samples/<name>.samples.safetensors   calibration samples for the command line
     <root>/.statistics/<digests>/               what calibration measured, for every recipe
+    <root>/.training/                           trajectories, logs and unfinished distillations
 
 Symbolic links that a user put there are followed, as ComfyUI's own loaders do.
 """
@@ -21,6 +22,7 @@ MANIFEST = "manifest.json"
 RECIPES = "recipes"
 SAMPLES = "samples"
 STATISTICS = ".statistics"
+TRAINING = ".training"
 
 _MAX_NAME = 100
 # Windows refuses these characters and device names; a pack folder may be shared between systems.
@@ -104,6 +106,11 @@ class ModelFolders:
     def statistics(self) -> Path:
         """Folder of calibration statistics, which all quantized checkpoints share."""
         return self.roots[0] / STATISTICS
+
+    @property
+    def training(self) -> Path:
+        """Folder of trajectories, and of logs and states of distillations by name."""
+        return self.roots[0] / TRAINING
 
     def checkpoint_folders(self) -> Iterator[Path]:
         """Yield every folder that holds a quantized checkpoint."""
