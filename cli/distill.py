@@ -121,7 +121,7 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
 def run(chosen: argparse.Namespace) -> int:
     """Distill, unless the destination is up to date."""
     from ..quant.summary import quantized_summary
-    from ..quant.training.accelerators import open_accelerator
+    from ..quant.training.accelerators import open_accelerator, peers_named
     from ..quant.training.distillation import distill, distilled_before
     from .progress import CommandProgress
 
@@ -132,11 +132,8 @@ def run(chosen: argparse.Namespace) -> int:
     if quantized is None:
         if chosen.tracker:
             accelerator.init_trackers("flux_fp4_qad", config=work.job())
-        if accelerator.is_main_process:
-            with CommandProgress() as progress:
-                quantized = distill(work, accelerator, chosen.restart, progress)
-        else:
-            quantized = distill(work, accelerator, chosen.restart, lambda phase, done, total: None)
+        with peers_named(accelerator), CommandProgress(accelerator.is_main_process) as progress:
+            quantized = distill(work, accelerator, chosen.restart, progress)
     if accelerator.is_main_process:
         print(quantized_summary(quantized))
     return 0

@@ -6,13 +6,17 @@ silently train something else.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import LaunchError, TrainingPackageError
+import torch
+
+from .errors import LaunchError, ProcessLostError, TrainingPackageError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -109,3 +113,25 @@ def _check_packages(tracker: str | None) -> None:
         raise TrainingPackageError(PACKAGE, "Distillation of the whole model")
     if tracker is not None and not any(map(importlib.util.find_spec, TRACKERS[tracker])):
         raise TrainingPackageError(TRACKERS[tracker][0], f"Tracker '{tracker}'")
+
+
+def device_name(accelerator: Accelerator) -> str:
+    """Return the device of this process as loaders of files take it."""
+    # accelerate numbers CPUs too
+    return "cpu" if accelerator.device.type == "cpu" else str(accelerator.device)
+
+
+@contextlib.contextmanager
+def peers_named(accelerator: Accelerator) -> Iterator[None]:
+    """Tell the end of another process as an error of this package.
+
+    Raises:
+        ProcessLostError: A collective call failed.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # NCCL has a class for it; Gloo names only itself
+        if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
+            raise ProcessLostError(accelerator.process_index, str(error)) from error
+        raise

@@ -112,7 +112,7 @@ def train_block(
         heartbeat()
         optimizer.zero_grad()
         with torch.enable_grad():
-            samples.loss(student, group).backward()  # type: ignore[no-untyped-call]
+            samples.loss(student, group).backward()
         optimizer.step()
         schedule.step()
     training = TrainingReport(

@@ -23,6 +23,7 @@ from ..progress import Progress
 from ..quantized_checkpoint import DistillationReport, QuantizedCheckpoint, finite_or_limit
 from ..sources.source import FluxSource
 from ..statistics_files import StatisticsFolder
+from .accelerators import device_name
 from .block_training import held_out_samples
 from .distilled_checkpoint import DistilledWork, write_distilled
 from .errors import ForeignSourceError, NoGainError
@@ -168,7 +169,7 @@ def _sampled(
         if folder.holds(file):
             continue
         tell = partial(progress, "Sampling trajectories of the original", file, folder.files)
-        device = str(accelerator.device)
+        device = device_name(accelerator)
         numbers = folder.numbers(file)
         points = sample_trajectories(
             work.source, prompts, numbers, options, device, work.dtype, tell
@@ -214,7 +215,7 @@ def _write(
         statistics = StatisticsFolder(
             work.statistics, metadata.source_digest, metadata.calibration_digest
         )
-        device = str(accelerator.device)
+        device = device_name(accelerator)
         writing = DistilledWork(
             work.source, work.base, work.destination, statistics, device, work.dtype
         )

@@ -72,6 +72,23 @@ class LossNotFiniteError(QuantError):
         )
 
 
+class ProcessLostError(QuantError):
+    """A process of a distillation ended, and another one finds its connection closed.
+
+    Attributes:
+        process: The one that found it out.
+        reason: What the communication library says.
+    """
+
+    def __init__(self, process: int, reason: str) -> None:
+        self.process, self.reason = process, reason
+        super().__init__(
+            f"Process {process} lost its connection to another one, which failed or was killed; "
+            "its own message, if it left one, is above. The same command goes on after the last "
+            f"saved state. ({reason.splitlines()[0]})"
+        )
+
+
 class NoGainError(QuantError):
     """The distilled model is not nearer to the original than before.
 

@@ -12,14 +12,15 @@ import json
 import logging
 import re
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -91,8 +92,8 @@ class RunFolder:
             FileWriteError: The system refuses to write.
         """
         unfinished = self.path / _UNFINISHED
-        with _writing(unfinished):
-            dcp.save(state.tensors(), checkpoint_id=unfinished, no_dist=not dist.is_initialized())
+        with _writing(unfinished), _alone() as alone:
+            state_dict_saver.save(state.tensors(), checkpoint_id=unfinished, no_dist=alone)
         self._accelerator.wait_for_everyone()
         if self._accelerator.is_main_process:
             former = list(self.path.glob("step-*"))
@@ -107,7 +108,8 @@ class RunFolder:
         """Read the state after a step into the model and everything beside it."""
         tensors = state.tensors()
         folder = self._folder(step)
-        dcp.load(tensors, checkpoint_id=folder, no_dist=not dist.is_initialized())
+        with _alone() as alone:
+            state_dict_loader.load(tensors, checkpoint_id=folder, no_dist=alone)
         state.take_optimizer(tensors["optimizer"])
 
     def remove_states(self) -> None:
@@ -171,3 +173,11 @@ def _writing(path: Path) -> Iterator[None]:
         # torch collects what went wrong in every process
         reason = "; ".join(sorted({str(failure[0]) for failure in error.failures.values()}))
         raise FileWriteError(path.name, path.parent.name, reason) from error
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[bool]:
+    """Tell whether this is the only process, of which torch 2.11 warns although it was told so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield not dist.is_initialized()

@@ -59,7 +59,7 @@ class StudentBlock(nn.Module):
         """
         state = (img, txt, vec, cos, sin, shared_mods)
         # below the hooks of FSDP, so that what is computed again finds the parameters gathered
-        return checkpoint(self._run, *state, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
+        return checkpoint(self._run, *state, use_reentrant=False, preserve_rng_state=False)
 
     def _run(self, *state: Any) -> tuple[Tensor, ...]:
         after = run_block(self.block, SampleState(*state))

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from blake3 import blake3
@@ -74,7 +75,7 @@ class TrajectoryFolder:
     def holds(self, file: int) -> bool:
         """Tell whether a file is there, whole and of this identity."""
         try:
-            return self._header(file)["identity"] == self._identity
+            return bool(self._header(file)["identity"] == self._identity)
         except (OSError, SafetensorError, KeyError, ValueError):
             return False  # what cannot be read is made again
 
@@ -121,7 +122,7 @@ class TrajectoryFolder:
     def _file(self, file: int) -> Path:
         return self.path / f"{file:05d}.safetensors"
 
-    def _header(self, file: int) -> dict[str, object]:
+    def _header(self, file: int) -> dict[str, Any]:
         header = json.loads(read_header(self._file(file)).metadata[_KEY])
         if header["file"] != file:
             raise ValueError(file)
