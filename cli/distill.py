@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import signal
+from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
-from .errors import OptionError
+from .errors import OptionError, StoppedError
 from .folders import existing_checkpoint, model_folders, new_checkpoint
 
 if TYPE_CHECKING:
@@ -132,11 +135,18 @@ def run(chosen: argparse.Namespace) -> int:
     if quantized is None:
         if chosen.tracker:
             accelerator.init_trackers("flux_fp4_qad", config=work.job())
+        signal.signal(signal.SIGTERM, partial(_stop, accelerator.process_index))
         with peers_named(accelerator), CommandProgress(accelerator.is_main_process) as progress:
             quantized = distill(work, accelerator, chosen.restart, progress)
     if accelerator.is_main_process:
         print(quantized_summary(quantized))
     return 0
+
+
+def _stop(process: int, number: int, frame: FrameType | None) -> None:
+    # only once: what cleans up is not to be interrupted
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise StoppedError(process)
 
 
 def _work(chosen: argparse.Namespace, device: str) -> Distillation:

@@ -44,3 +44,15 @@ class OptionError(CommandError):
     def __init__(self, option: str, problem: str) -> None:
         self.option, self.problem = option, problem
         super().__init__(f"Option {option} cannot be used: {problem}. See --help of the command.")
+
+
+class StoppedError(CommandError):
+    """The launcher of several processes stops this one."""
+
+    def __init__(self, process: int) -> None:
+        self.process = process
+        super().__init__(
+            f"Process {process} was told to stop, because another one ended or somebody asked for "
+            "it; what the launcher prints says which. The same command goes on after the last "
+            "saved state."
+        )

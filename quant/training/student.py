@@ -149,7 +149,9 @@ def student_block(
 def _start_from_stored(module: TrainableNVFP4Linear, parts: Mapping[str, Tensor]) -> None:
     """Begin where an earlier training ended: there, the original weight has other codes."""
     codes = decode_packed(parts["weight"]).unflatten(-1, (-1, NVFP4_BLOCK))
-    same = round_e2m1(module.steps) == codes
+    rounded = round_e2m1(module.steps)
+    # zero has two codes
+    same = (rounded == codes) & (rounded.signbit() == codes.signbit())
     module.steps.copy_(torch.where(same, module.steps, codes))
     if module.bias is not None:
         module.bias.copy_(parts["bias"])
