@@ -149,9 +149,11 @@ def student_block(
 def _start_from_stored(module: TrainableNVFP4Linear, parts: Mapping[str, Tensor]) -> None:
     """Begin where an earlier training ended: there, the original weight has other codes."""
     codes = decode_packed(parts["weight"]).unflatten(-1, (-1, NVFP4_BLOCK))
+    # zero has two codes, and minus zero itself is given that of plus zero
+    below_zero = -torch.finfo(torch.float32).tiny
+    codes = codes.masked_fill((codes == 0) & codes.signbit(), below_zero)
     rounded = round_e2m1(module.steps)
-    # zero has two codes
-    same = (rounded == codes) & (rounded.signbit() == codes.signbit())
+    same = (rounded == round_e2m1(codes)) & (rounded.signbit() == codes.signbit())
     module.steps.copy_(torch.where(same, module.steps, codes))
     if module.bias is not None:
         module.bias.copy_(parts["bias"])
