@@ -58,3 +58,15 @@ class OutdatedEngineError(CommandError):
             f"Engine {engine!r} was built before its checkpoint was quantized again. Run the "
             "commands `export` and `build` again."
         )
+
+
+class StoppedError(CommandError):
+    """The launcher of several processes stops this one."""
+
+    def __init__(self, process: int) -> None:
+        self.process = process
+        super().__init__(
+            f"Process {process} was told to stop, because another one ended or somebody asked for "
+            "it; what the launcher prints says which. Run the same command again: it goes on "
+            "after the last saved state."
+        )

@@ -21,6 +21,7 @@ COMMANDS = {
     "doctor": ("doctor", "show what a bug report needs"),
     "list": ("listing", "show quantized checkpoints and engines, and whether they are up to date"),
     "quantize": ("quantize", "quantize a FLUX checkpoint"),
+    "qad": ("distill", "train a quantized checkpoint against its original, on one GPU or many"),
     "export": ("export", "write the ONNX files of a quantized checkpoint"),
     "build": ("build", "build an engine from the ONNX files of a quantized checkpoint"),
     "bench": ("bench", "measure an engine on this machine, beside bf16 in PyTorch"),

@@ -17,10 +17,16 @@ class CommandProgress:
     a terminal a bar is shown, anywhere else a line for each phase.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, shown: bool = True) -> None:
+        """Prepare to show progress.
+
+        Args:
+            shown: False for a process beside another one that shows the same.
+        """
         console = Console(stderr=True)
         self._bar: Progress | None = None
-        if console.is_terminal:
+        self._shown = shown
+        if shown and console.is_terminal:
             self._bar = Progress(
                 TextColumn("{task.description}", markup=False),
                 BarColumn(),
@@ -59,7 +65,7 @@ class CommandProgress:
             raise KeyboardInterrupt
         if self._bar is not None:
             self._bar.update(self._task, description=phase, completed=done, total=max(total, 1))
-        elif phase != self._phase:
+        elif self._shown and phase != self._phase:
             print(f"[{done}/{total}] {phase}", file=sys.stderr, flush=True)
         self._phase = phase
 
@@ -67,4 +73,5 @@ class CommandProgress:
         if self._cancelled:
             raise KeyboardInterrupt
         self._cancelled = True
-        print("Stopping; press Ctrl-C again to stop at once.", file=sys.stderr, flush=True)
+        if self._shown:
+            print("Stopping; press Ctrl-C again to stop at once.", file=sys.stderr, flush=True)

@@ -114,11 +114,11 @@ def _make_blocks(
 
 
 def _check_untrained(checkpoint: QuantizedCheckpoint) -> None:
-    recipe = checkpoint.metadata.options.recipe
-    if recipe.training is not None:
+    metadata = checkpoint.metadata
+    if metadata.options.recipe.training is not None or metadata.distillation is not None:
         raise BakeError(
             checkpoint.name,
-            f"recipe '{recipe.name}' trained its blocks, and baking quantizes without training",
+            f"recipe '{metadata.recipe}' trained its blocks, and baking quantizes without training",
             "Quantize with another recipe",
         )
 

@@ -30,6 +30,7 @@ from .content_digest import content_digest
 from .errors.files import CheckpointBusyError, DiskFullError, FolderNotWritableError
 from .journal import Journal
 from .quantized_checkpoint import METADATA_KEY, QuantizedMetadata
+from .safetensors_header import StoredTensor
 from .whole_files import NO_SPACE, make_folder, storing, sync_folder
 
 _DTYPES = {
@@ -268,6 +269,14 @@ class CheckpointWriter:
     def _remove_unfinished(self) -> None:
         self._partial.unlink(missing_ok=True)
         self._journal.remove()
+
+
+def stored_layout(
+    tensors: Mapping[str, StoredTensor],
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Return the layout of a finished file, to write another one like it."""
+    dtypes = {code: dtype for dtype, (code, _) in _DTYPES.items()}
+    return {name: (dtypes[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
 def remove_leftovers(path: Path) -> None:

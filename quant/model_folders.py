@@ -7,6 +7,7 @@
     <root>/samples/<name>.samples.safetensors   calibration samples for the command line
     <root>/.statistics/<digests>/               what calibration measured, for every recipe
     <root>/.durations/<machine>.json            how long the stages took on a machine
+    <root>/.training/                           trajectories, logs and unfinished distillations
 
 Symbolic links that a user put there are followed, as ComfyUI's own loaders do.
 """
@@ -23,6 +24,7 @@ RECIPES = "recipes"
 SAMPLES = "samples"
 STATISTICS = ".statistics"
 DURATIONS = ".durations"
+TRAINING = ".training"
 
 _MAX_NAME = 100
 # Windows refuses these characters and device names; a pack folder may be shared between systems.
@@ -115,6 +117,11 @@ class ModelFolders:
     def durations(self) -> Path:
         """Folder of how long the stages took, one file per machine."""
         return self.roots[0] / DURATIONS
+
+    @property
+    def training(self) -> Path:
+        """Folder of trajectories, and of logs and states of distillations by name."""
+        return self.roots[0] / TRAINING
 
     def checkpoint_folders(self) -> Iterator[Path]:
         """Yield every folder that holds a quantized checkpoint."""

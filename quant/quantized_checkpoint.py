@@ -92,6 +92,35 @@ class BlockReport(BaseModel):
     training: TrainingReport | None = None
 
 
+class DistillationReport(BaseModel):
+    """How all blocks together were trained against the original, after they were quantized.
+
+    Attributes:
+        steps: How long.
+        batch: Samples of each step.
+        samples: Points of trajectories that were learned from.
+        held_out: Prompts that were not.
+        before_db: SQNR of the velocity for these prompts, against the original's, before.
+        after_db: Afterwards.
+        base_digest: Content digest of the checkpoint that was trained.
+        job_digest: Of everything that the result depends on, but for rounding of the machines.
+        reports: Whether the reports on Linears and blocks were measured again, or are those of that
+            checkpoint, because the statistics of its calibration were gone.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    steps: int
+    batch: int
+    samples: int
+    held_out: int
+    before_db: float
+    after_db: float
+    base_digest: str
+    job_digest: str
+    reports: Literal["measured", "carried"]
+
+
 class QuantizedMetadata(BaseModel):
     """What the header says about the file.
 
@@ -117,6 +146,7 @@ class QuantizedMetadata(BaseModel):
         base_digest: Only in a file of changed blocks: content digest of the checkpoint in which
             they stand for the blocks of the same name. The file has no others, and nothing of what
             stays outside of plans.
+        distillation: None for a checkpoint that was quantized only.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -139,6 +169,7 @@ class QuantizedMetadata(BaseModel):
     linears: tuple[LinearReport, ...]
     blocks: tuple[BlockReport, ...]
     base_digest: str | None = None
+    distillation: DistillationReport | None = None
 
     @property
     def block_names(self) -> tuple[str, ...]:
@@ -149,8 +180,9 @@ class QuantizedMetadata(BaseModel):
 
     @property
     def recipe(self) -> str:
-        """Name of the recipe."""
-        return self.options.recipe.name
+        """Name of the recipe, with what was done after it."""
+        name = self.options.recipe.name
+        return name if self.distillation is None else f"{name}-qad"
 
     @property
     def fp8_attention(self) -> bool:
@@ -254,6 +286,7 @@ class QuantizedCheckpoint:
             metadata.source_digest == source_digest
             and metadata.options == options
             and metadata.calibration_digest == calibration
+            and metadata.distillation is None
         )
 
     def _check_blocks(self) -> None:

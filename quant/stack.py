@@ -191,16 +191,21 @@ def embed(
     return embedded_samples(calibration, embedders.to(device, dtype), source.config)
 
 
+def last_layer(source: FluxSource, device: str, dtype: torch.dtype) -> LastLayer:
+    """Return the model's final layer."""
+    layer = LastLayer(source.config)
+    names = {f"final_layer.{part}": part for part in layer.state_dict()}
+    tensors = source.tensors(names, device)
+    check_finite(tensors)
+    layer.load_state_dict({part: tensors[name] for name, part in names.items()})
+    return layer.requires_grad_(False).to(device, dtype)
+
+
 def _velocity_sqnr_db(
     source: FluxSource, calibration: CalibrationSet, states: Sequence[SampleState]
 ) -> float:
     like = states[0].img
-    layer = LastLayer(source.config)
-    names = {f"final_layer.{part}": part for part in layer.state_dict()}
-    tensors = source.tensors(names, str(like.device))
-    check_finite(tensors)
-    layer.load_state_dict({part: tensors[name] for name, part in names.items()})
-    layer.to(like.device, like.dtype)
+    layer = last_layer(source, str(like.device), like.dtype)
     ratio = SQNR()
     for sample, state in zip(calibration.samples, states, strict=True):
         target = sample.velocity_patches(source.config.patch_size)

@@ -30,6 +30,13 @@ def quantized_summary(checkpoint: QuantizedCheckpoint) -> str:
     ]
     if metadata.options.recipe.training is not None:
         lines.append(_training_in_short(metadata))
+    if metadata.distillation is not None:
+        report = metadata.distillation
+        lines.append(
+            f"distilled for {report.steps} steps: the original's velocity for "
+            f"{report.held_out} held-out prompts from {report.before_db:.2f} to "
+            f"{report.after_db:.2f} dB"
+        )
     if metadata.velocity_sqnr_db is not None:
         lines.append(
             f"{metadata.source_name} predicts the velocity of the calibration pictures at "

@@ -8,7 +8,6 @@ al. 2022, arXiv:2203.05740), with the straight-through estimate in place of lear
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -19,19 +18,12 @@ from ..quantized_checkpoint import TrainingReport, finite_or_limit
 from ..recipe import TrainingOptions
 from ..sqnr import SQNR
 from ..stack import Block, placed, run_block, tokens
+from .optimizer import BETAS, parameter_groups, rate
 from .states import StateFiles, batched, batches
-from .trainable import TrainableNVFP4Linear
 
 BATCH_TOKENS = 4096
 """Tokens that are enough for one step: a sample of 1024 x 1024 pixels alone has 4,608. Smaller ones
 are joined, because a step takes the same time for a few tokens as for many."""
-
-WARMUP = 0.05
-"""Part of the steps in which the learning rate grows from zero."""
-
-BETAS = (0.9, 0.99)
-"""Of Adam. Runs are some hundred steps long: the average of squares over 1,000 of the default
-0.999 would hardly have begun."""
 
 
 class BlockSamples:
@@ -129,8 +121,8 @@ def train_block(
     """
     first = {name: parameter.detach().clone() for name, parameter in _trained(student)}
     before = samples.sqnr_db(student)
-    optimizer = torch.optim.Adam(_groups(student, options), betas=BETAS)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, options.steps))
+    optimizer = torch.optim.Adam(parameter_groups(student, options), betas=BETAS)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, options.steps))
     for group in samples.batches(options.steps):
         heartbeat()
         optimizer.zero_grad()
@@ -164,30 +156,6 @@ def held_out_samples(count: int, timesteps: int, share: int = 8) -> list[int]:
 
 def _trained(student: Block) -> Iterator[tuple[str, nn.Parameter]]:
     return ((n, p) for n, p in student.named_parameters() if p.requires_grad)
-
-
-def _groups(student: Block, options: TrainingOptions) -> list[dict[str, object]]:
-    """Give each parameter the learning rate of its unit: see ``TrainingOptions``."""
-    groups: list[dict[str, object]] = []
-    for module in student.modules():
-        if not isinstance(module, TrainableNVFP4Linear):
-            continue
-        groups.append({"params": [module.steps], "lr": options.learning_rate})
-        groups.append({"params": [module.gain], "lr": options.relative_learning_rate})
-        for parameter in (module.bias, module.svd_down, module.svd_up):
-            if parameter is not None:
-                size = parameter.detach().square().mean().sqrt().item()
-                rate = options.relative_learning_rate * size
-                groups.append({"params": [parameter], "lr": rate})
-    return groups
-
-
-def _rate(step: int, steps: int) -> float:
-    """Return the part of the learning rate in use: a short rise, then half a cosine to zero."""
-    warmup = max(1, round(WARMUP * steps))
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def _energies(before: SampleState, after: SampleState) -> tuple[Tensor, ...]:

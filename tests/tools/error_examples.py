@@ -10,7 +10,15 @@ from pathlib import Path
 from types import ModuleType
 
 from flux_fp4.cli import errors as cli
-from flux_fp4.quant.errors import calibration, export, files, quality, recipes, sources
+from flux_fp4.quant.errors import (
+    calibration,
+    export,
+    files,
+    quality,
+    recipes,
+    sources,
+    training,
+)
 from flux_fp4.quant.errors.calibration import OTHER_SAMPLES
 from flux_fp4.trt_runtime.errors import BUILD_NODE, backend, blocks, build, engine, run, storage
 from pack_import import ROOT
@@ -72,6 +80,17 @@ QUANT: tuple[Exception, ...] = (
     ),
     quality.PromptsError("There are 3 prompts for 4 pictures", "each picture needs its own"),
     quality.ImageRewardFailedError(1, "CUDA out of memory"),
+    training.TrainingPackageError("accelerate>=1.6", "Distillation"),
+    training.LaunchError(
+        "a batch of 3 on 2 processes",
+        "each process takes as many samples",
+        "Choose a --batch that 2 divides.",
+    ),
+    training.ForeignRunError("flux1-dev-qad", "learning rate", 0.003, 0.001),
+    training.LossNotFiniteError(17, float("inf")),
+    training.ProcessLostError(1, "Connection closed by peer [127.0.0.1]:29500"),
+    training.NoGainError("flux1-dev-qad", 15.21, 15.02),
+    training.ForeignSourceError(CHECKPOINT, SOURCE, "flux1-schnell.safetensors"),
     export.OnnxExportMissingError(CHECKPOINT, "'single_blocks.3.onnx' is missing"),
     export.TransformerExportError(CHECKPOINT, "double_blocks.0.img_mod.lin"),
     export.NativeCheckpointError(
@@ -192,6 +211,7 @@ CLI: tuple[Exception, ...] = (
         "engine", f"{CHECKPOINT}/sm120", [Path("models")], "The command `build` makes one."
     ),
     cli.OutdatedEngineError(f"{CHECKPOINT}/sm120"),
+    cli.StoppedError(1),
     cli.OptionError("--days", "-1 is not between 0 and 100000"),
 )
 
