@@ -183,7 +183,7 @@ def test_an_engine_that_another_process_has_open_stays(client: ComfyClient, engi
 def test_loader_refuses_or_rebuilds_a_stale_engine(client: ComfyClient, engine: Path) -> None:
     make_stale(engine)
     # the reference runs plans of any release, but none that are not there
-    assert is_refused(client.run(loader()), 'is missing. Set "if stale"')
+    assert is_refused(client.run(loader()), "is missing. Set 'if stale'")
     rebuilt = client.run(loader(if_stale="rebuild"))
     assert (rebuilt.status, rebuilt.error_message) == ("success", "")
     assert "Building double_blocks.0" in " ".join(rebuilt.progress_texts("loader"))

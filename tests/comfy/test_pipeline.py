@@ -299,6 +299,6 @@ def test_engine_older_than_its_checkpoint_is_refused(
     assert client.run(up_to(other, "FluxFP4Quantize")).status == "success"
     result = client.run(shipped(LOAD_ENGINE, object_info))
     assert result.status == "error"
-    assert '"rebuild stale"' in result.error_message
+    assert "'rebuild stale'" in result.error_message
     # and the chain repairs it
     assert client.run(pipeline).status == "success"
