@@ -135,7 +135,7 @@ def distill(
     student = quantized_student(work.source, work.base, work.dtype)
     trainer = Trainer(accelerator, student, points, held_out, options)
     before_db = trainer.sqnr_db()
-    _train(trainer, folder, work, accelerator, progress)
+    _train(trainer, before_db, folder, work, accelerator, progress)
     report = DistillationReport(
         steps=options.training.steps,
         batch=options.batch,
@@ -182,6 +182,7 @@ def _sampled(
 
 def _train(
     trainer: Trainer,
+    before_db: float,
     folder: RunFolder,
     work: Distillation,
     accelerator: Accelerator,
@@ -193,6 +194,8 @@ def _train(
         folder.load(done, trainer.state)
         logger.info("Going on after step %d", done)
     log = RunLog(work.logs, accelerator, done)
+    if not done:
+        log.add(0, sqnr_db=before_db)
     for step in range(done, steps):
         progress("Distilling", step, steps)
         log.add(step + 1, loss=trainer.step(step))

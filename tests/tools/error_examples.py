@@ -10,15 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 from flux_fp4.cli import errors as cli
-from flux_fp4.quant.errors import (
-    calibration,
-    export,
-    files,
-    quality,
-    recipes,
-    sources,
-    training,
-)
+from flux_fp4.quant.errors import calibration, export, files, quality, recipes, sources, training
 from flux_fp4.quant.errors.calibration import OTHER_SAMPLES
 from flux_fp4.trt_runtime.errors import BUILD_NODE, backend, blocks, build, engine, run, storage
 from pack_import import ROOT

@@ -89,7 +89,9 @@ def test_metadata_say_what_was_done(inputs: Path, distilled: Distilled) -> None:
     # two of sixteen trajectories are of the held-out prompt
     assert report.samples == (TRAJECTORIES.count - 2) * TRAJECTORIES.kept
     assert report.base_digest == before.content_digest != metadata.content_digest
-    assert report.after_db == pytest.approx(logged(distilled.models, "sqnr_db")[-1])
+    measured = logged(distilled.models, "sqnr_db")
+    assert len(measured) == 1 + STEPS // SAVE_EVERY
+    assert (report.before_db, report.after_db) == pytest.approx((measured[0], measured[-1]))
     assert metadata.recipe == "nvfp4-mse-qad"
     assert report.reports == "measured"
     for linear, former in zip(metadata.linears, before.linears, strict=True):
