@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from ..nvfp4 import NVFP4_BLOCK
 from ..quantized_checkpoint import QuantizedCheckpoint
 from ..sources.source import FluxSource
 from ..stack import Block, block_with_weights, check_finite, last_layer, run_block
-from .rounding import round_e2m1, round_fp8
+from .rounding import round_e2m1
 from .states import batched
 from .trainable import TrainableNVFP4Linear, trainable_block
 
@@ -141,7 +140,7 @@ def student_block(
         if isinstance(module, TrainableNVFP4Linear):
             _start_from_stored(module, parts)
         elif isinstance(module, EmulatedLinear):
-            _make_trainable_around(module, parts)
+            _make_parameters(module)
     return student
 
 
@@ -159,12 +158,10 @@ def _start_from_stored(module: TrainableNVFP4Linear, parts: Mapping[str, Tensor]
         module.bias.copy_(parts["bias"])
 
 
-def _make_trainable_around(linear: EmulatedLinear, parts: Mapping[str, Tensor]) -> None:
-    """Let gradients through a Linear in FP8, and make its weight move and shard with the model."""
+def _make_parameters(linear: EmulatedLinear) -> None:
+    """Make the weight of a Linear that is not trained move and shard with the model."""
     for name in ("weight", "bias"):
         tensor = getattr(linear, name)
         if tensor is not None:
             delattr(linear, name)
             setattr(linear, name, nn.Parameter(tensor.detach(), requires_grad=False))
-    # the conversion to float8 would round gradients to float8 as well
-    linear.quantize_input = partial(round_fp8, scale=parts["input_scale"].float())

@@ -11,6 +11,7 @@ is trained. ModelOpt's own module needs Triton, which Windows and CPUs lack (doc
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -135,6 +136,12 @@ def trainable_block(
     """
     student = emulated_block(block, tensors)
     for linear, weight in weights.items():
+        if tensors[f"{linear}.weight"].dtype == torch.float8_e4m3fn:
+            rounding: Any = student.get_submodule(linear)
+            # the conversion to float8 would round gradients to float8 as well
+            rounding.quantize_input = partial(
+                round_fp8, scale=tensors[f"{linear}.input_scale"].float()
+            )
         if tensors[f"{linear}.weight"].dtype != torch.uint8:
             continue
         start = f"{linear}."
