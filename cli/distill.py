@@ -9,7 +9,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from ..errors.training import OptionError, StoppedError
+from .errors import OptionError, StoppedError
 from .folders import existing_checkpoint, model_folders, new_checkpoint
 
 if TYPE_CHECKING:

@@ -119,7 +119,7 @@ def _check_untrained(checkpoint: QuantizedCheckpoint) -> None:
         raise BakeError(
             checkpoint.name,
             f"recipe '{metadata.recipe}' trained its blocks, and baking quantizes without training",
-            "Quantize with another recipe",
+            "Use a checkpoint of another recipe",
         )
 
 

@@ -43,8 +43,13 @@ CALLS = {
     "yaml.full_load", "yaml.load", "yaml.unsafe_load",
     "os.popen", "os.startfile", "os.system",
 }  # fmt: skip
-STARTERS = {"cli/native_probes.py", "trt_runtime/worker_process.py"}
-"""The only files that start a process: this Python with the pack's own code."""
+STARTERS = {
+    "cli/native_probes.py",
+    "quant/quality/image_reward.py",
+    "trt_runtime/worker_process.py",
+}
+"""The only files that start a process: this Python, and for one metric a Python that the user named
+in the environment, with the pack's own code."""
 
 
 def faults(source: str, name: str) -> Iterator[str]:

@@ -19,7 +19,7 @@ from pack_import import ROOT
 
 SECTIONS = {
     "pack", "system", "memory_bytes", "driver", "packages", "disk", "models", "machines",
-    "leftovers", "torch", "tensorrt_rtx", "tensorrt",
+    "leftovers", "durations", "torch", "tensorrt_rtx", "tensorrt",
 }  # fmt: skip
 
 
