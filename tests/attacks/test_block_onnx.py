@@ -29,7 +29,7 @@ def refused(block: Path, edit: Edit) -> BlockContractError:
     with pytest.raises(BlockContractError):
         ReferenceExecutor(block.parent)
     assert "single_blocks.0.onnx" in str(caught.value)
-    assert '"Export FLUX FP4 to ONNX"' in str(caught.value)
+    assert "'Export FLUX FP4 to ONNX'" in str(caught.value)
     return caught.value
 
 

@@ -199,10 +199,10 @@ def test_missing_statistics_are_named(base: Base, tmp_path: Path, damage: str) -
             base.source, base.header, (DOUBLE, SINGLE), tmp_path / "x", statistics, ignore_progress
         )
     assert str(error.value) == (
-        "'base' cannot be changed: the calibration statistics of 'single_blocks.1' are no longer "
-        "in the folder '.statistics' of models/flux_fp4. To collect them again, quantize the same "
-        "checkpoint with the same samples in 'Quantize FLUX to FP4' under another name. Or choose "
-        "lora 'runtime' in 'Load FLUX FP4 Engine', which needs none."
+        "'base' cannot be changed: what calibration measured in 'single_blocks.1' is gone from the "
+        "folder '.statistics' of models/flux_fp4. Choose 'runtime' as 'lora' in 'Load FLUX FP4 "
+        "Engine', which needs no statistics. Or collect them again: quantize the same checkpoint "
+        "with the same samples in 'Quantize FLUX to FP4' under another name."
     )
 
 
