@@ -227,7 +227,7 @@ def test_names_outside_the_model_folder_are_refused(
     client: ComfyClient, pipeline: ApiWorkflow, models: Path, name: str
 ) -> None:
     quantize = up_to(changed(pipeline, "FluxFP4Quantize", name=name), "FluxFP4Quantize")
-    with pytest.raises(ComfyServerError, match="cannot be the name"):
+    with pytest.raises(ComfyServerError, match="cannot be the name of a file"):
         client.run(quantize)
 
 

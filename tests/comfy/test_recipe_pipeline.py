@@ -299,4 +299,4 @@ def test_whole_transformer_with_native_modulation_is_refused(
     workflow = changed(workflow, "FluxFP4ExportONNX", whole_transformer=True)
     result = client.run(up_to(workflow, "FluxFP4ExportONNX"))
     assert result.status == "error"
-    assert "modulation in bf16 or FP8" in result.error_message
+    assert "Choose 'bf16' or 'fp8' as 'modulation'" in result.error_message

@@ -198,7 +198,12 @@ def test_missing_statistics_are_named(base: Base, tmp_path: Path, damage: str) -
         quantize_changed_blocks(
             base.source, base.header, (DOUBLE, SINGLE), tmp_path / "x", statistics, ignore_progress
         )
-    assert (error.value.name, error.value.block) == ("base", SINGLE)
+    assert str(error.value) == (
+        "'base' cannot be changed: what calibration measured in 'single_blocks.1' is gone from the "
+        "folder '.statistics' of models/flux_fp4. Choose 'runtime' as 'lora' in 'Load FLUX FP4 "
+        "Engine', which needs no statistics. Or collect them again: quantize the same checkpoint "
+        "with the same samples in 'Quantize FLUX to FP4' under another name."
+    )
 
 
 def test_export_names_the_base_and_the_change(base: Base, tmp_path: Path) -> None:
