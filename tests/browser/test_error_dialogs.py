@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from api_workflow import ApiWorkflow, the_node
 from comfy_server import ComfyClient, ComfyServer
+from flux_fp4.trt_runtime.errors import REBUILD
 from pack_import import ROOT
 from pipeline_runs import ENGINE, FULL_PIPELINE, LOAD_ENGINE, changed, shipped, up_to
 from small_model_files import DIFFUSION_MODEL
@@ -47,12 +48,11 @@ EXPECTED = {
     ),
     "engine_outdated": (
         f"Engine 'outdated/{TARGET}' was built before 'outdated' was quantized again, so the two "
-        "hold different weights. Run 'Export FLUX FP4 to ONNX' and 'Build TensorRT Engine' again.",
+        f"hold different weights. {REBUILD}",
         "FluxFP4LoadEngine",
     ),
     "engine_stale": (
-        "is older than 'double_blocks.0.onnx', which was exported again. Build it again with "
-        "'Build TensorRT Engine'.",
+        f"is older than 'double_blocks.0.onnx', which was exported again. {REBUILD}",
         "FluxFP4LoadEngine",
     ),
     "picture_too_large": (

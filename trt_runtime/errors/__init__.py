@@ -5,8 +5,8 @@ from __future__ import annotations
 BUILD_NODE = "'Build TensorRT Engine'"
 EXPORT_NODE = "'Export FLUX FP4 to ONNX'"
 REBUILD = (
-    "Set 'if stale' of 'Load FLUX FP4 Engine' to 'rebuild' and queue again, or run 'FLUX FP4 "
-    "Engine Manager' with 'rebuild stale' for all engines."
+    "Set 'if stale' of 'Load FLUX FP4 Engine' to 'rebuild', or run 'rebuild stale' in 'FLUX FP4 "
+    "Engine Manager'."
 )
 """The shortest way from a stale engine to one that runs."""
 
