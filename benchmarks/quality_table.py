@@ -1,6 +1,6 @@
-"""What each recipe does to the small trained model: the table of docs/quality.md.
+"""What each recipe does to the small trained model, as a table.
 
-    python benchmarks/quality_table.py [rows]   measure rows, or all, and write the table
+    python benchmarks/quality_table.py [rows]   measure rows, or all, and print the table
     python benchmarks/quality_table.py --list   names of the rows
 
 Every row is measured once and kept in .cache/quality; delete its file to measure it again. The
@@ -62,8 +62,6 @@ from small_model.sampling import (  # noqa: E402
 )
 
 FOLDER = ROOT / ".cache" / "quality"
-PAGE = ROOT / "docs" / "quality.md"
-BEGIN, END = "<!-- table -->", "<!-- end of the table -->"
 
 CALIBRATION = range(128)
 """Pictures that recipes see; training learns from 112 of them and is judged by 16."""
@@ -304,10 +302,6 @@ def main() -> None:
         return
     chosen = [row for row in ROWS if not arguments.rows or row.name in arguments.rows]
     measure([None, *chosen])
-    if PAGE.is_file():
-        page = PAGE.read_text(encoding="utf-8")
-        before, after = page.split(BEGIN)[0], page.split(END)[1]
-        PAGE.write_text("\n".join([f"{before}{BEGIN}", *table(), f"{END}{after}"]))
     print("\n".join(table()))
 
 
