@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .emulation import attention_root_scale, emulated_block, emulated_linear
+from .emulation import attention_root_scale, emulated_block, emulated_linear, linear_parts
 from .linear_quantizer import quantize_linear, smoothing_scales
 from .nvfp4 import E4M3_MAX, NVFP4Weight
 from .quantized_checkpoint import BlockReport, LinearReport, finite_or_limit
@@ -102,8 +102,7 @@ def measured_block(
     """
     reports = []
     for linear, chosen in formats.items():
-        start, seen = f"{linear}.", statistics.linears[linear]
-        parts = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+        parts, seen = linear_parts(linear, tensors), statistics.linears[linear]
         weight_db, output_db = linear_sqnr_db(block.get_submodule(linear), parts, seen)
         reports.append(
             LinearReport(

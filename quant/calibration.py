@@ -8,7 +8,7 @@ push them through the blocks one block at a time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -89,13 +89,24 @@ class CalibrationSet:
             condition = sample.conditioning
             numbers = (sample.t, condition.guidance, condition.reference_method)
             digest.update(repr((*numbers, len(condition.references))).encode())
-            for tensor in (sample.latent, sample.velocity, *_tensors(condition).values()):
-                if tensor is None:
-                    digest.update(b"none")
-                    continue
-                digest.update(repr(tuple(tensor.shape)).encode())
-                digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+            digest_tensors(digest, (sample.latent, sample.velocity))
+            digest_conditioning(digest, condition)
         return digest.hexdigest()
+
+
+def digest_conditioning(digest: blake3, condition: Conditioning) -> None:
+    """Add every tensor of a conditioning to a digest."""
+    digest_tensors(digest, _tensors(condition).values())
+
+
+def digest_tensors(digest: blake3, tensors: Iterable[Tensor | None]) -> None:
+    """Add shapes and fp32 values of tensors, or that there is none, to a digest."""
+    for tensor in tensors:
+        if tensor is None:
+            digest.update(b"none")
+            continue
+        digest.update(repr(tuple(tensor.shape)).encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
 
 
 def rectified_flow_samples(

@@ -139,6 +139,12 @@ def emulated_block(
     return emulated
 
 
+def linear_parts(linear: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of one Linear of a block, by names relative to it."""
+    start = f"{linear}."
+    return {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+
+
 def emulated_linear(
     linear: str,
     tensors: Mapping[str, Tensor],

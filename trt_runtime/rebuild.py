@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .builder import build_engine
 from .engine_state import EngineState, engine_state
-from .errors import EngineError
+from .errors import BUILD_NODE, EngineError
 from .errors.storage import StorageError
 from .inventory import listed_engines
 from .progress import Progress
@@ -79,7 +79,7 @@ def rebuild_stale(
 def _rebuilt(state: EngineState, progress: Progress) -> Rebuilt:
     if state.manifest is None:
         # what it was for is unknown
-        fault = f'{state.fault}. Build it with "Build TensorRT Engine".'
+        fault = f"{state.fault}. Build it with {BUILD_NODE}."
         return Rebuilt(state.folder, state.fault, fault)
     spec = state.manifest.spec
     if spec.folder_name != state.folder.name:

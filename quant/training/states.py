@@ -81,8 +81,10 @@ def _file_of(state: SampleState) -> Tensor:
     return torch.as_strided(state.txt, shape, strides, state.txt.storage_offset())
 
 
-def batches(states: StateFiles, indices: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Group samples that can run through a block together.
+def batches(
+    states: StateFiles | Sequence[SampleState], indices: Sequence[int], batch_tokens: int
+) -> list[list[int]]:
+    """Group neighbours that can run through a block together.
 
     Args:
         states: Of all samples.

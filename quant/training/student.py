@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..calibration import CalibrationSample, CalibrationSet, SampleState, embedded_samples
 from ..e2m1 import decode_packed
-from ..emulation import EmulatedLinear
+from ..emulation import EmulatedLinear, linear_parts
 from ..flux.config import FluxConfig, block_linears
 from ..flux.model import Embedders, LastLayer, patchify
 from ..nvfp4 import NVFP4_BLOCK
@@ -135,10 +135,8 @@ def student_block(
     student = trainable_block(original, weights, stored)
     for linear in block_linears(name):
         module: Any = student.get_submodule(linear)
-        start = f"{linear}."
-        parts = {n.removeprefix(start): t for n, t in stored.items() if n.startswith(start)}
         if isinstance(module, TrainableNVFP4Linear):
-            _start_from_stored(module, parts)
+            _start_from_stored(module, linear_parts(linear, stored))
         elif isinstance(module, EmulatedLinear):
             _make_parameters(module)
     return student

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..calibration import CalibrationSample, CalibrationSet, SampleState
+from ..calibration import CalibrationSample, CalibrationSet
 from ..flux.model import unpatchify
 from ..sources.source import FluxSource
-from ..stack import block_with_weights, embed, last_layer, run_block
+from ..stack import block_with_weights, embed, last_layer, run_block, tokens
 from .block_training import BATCH_TOKENS
-from .states import batched
+from .states import batched, batches
 
 
 @torch.no_grad()
@@ -36,7 +36,9 @@ def teacher_velocities(
         fp32 ``[1, C, h, w]`` each, on the CPU.
     """
     states = embed(source, CalibrationSet(tuple(samples), seed=0, timesteps=1), device, dtype)
-    groups = _groups(states)
+    # samples of equal shapes side by side
+    order = sorted(range(len(states)), key=lambda index: tokens(states[index]).shape[1])
+    groups = batches(states, order, BATCH_TOKENS)
     joined = [batched([states[index] for index in group]) for group in groups]
     for name in source.config.block_names:
         heartbeat()
@@ -54,16 +56,3 @@ def teacher_velocities(
             patches = layer(image, state.vec[row : row + 1]).float().cpu()
             velocities[index] = unpatchify(patches, height, width, patch)
     return [velocities[index] for index in range(len(samples))]
-
-
-def _groups(states: Sequence[SampleState]) -> list[list[int]]:
-    """Put samples together that have equal shapes, as many as are worth one pass."""
-    shapes: dict[tuple[int, int], list[list[int]]] = {}
-    for index, state in enumerate(states):
-        assert state.txt is not None
-        text, image = state.txt.shape[1], state.img.shape[1]
-        groups = shapes.setdefault((text, image), [])
-        if not groups or len(groups[-1]) * (text + image) >= BATCH_TOKENS:
-            groups.append([])
-        groups[-1].append(index)
-    return [group for groups in shapes.values() for group in groups]

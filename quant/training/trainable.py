@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..e2m1 import encode_e2m1, pack_codes
-from ..emulation import SOFTMAX_SCALE, attention_root_scale, emulated_block
+from ..emulation import SOFTMAX_SCALE, attention_root_scale, emulated_block, linear_parts
 from ..nvfp4 import NVFP4_BLOCK
 from ..stack import Block
 from .rounding import round_block_scale, round_e2m1, round_fp8, round_nvfp4_activation
@@ -144,8 +144,7 @@ def trainable_block(
             )
         if tensors[f"{linear}.weight"].dtype != torch.uint8:
             continue
-        start = f"{linear}."
-        parts = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+        parts = linear_parts(linear, tensors)
         module: Any = block.get_submodule(linear)
         student.set_submodule(linear, TrainableNVFP4Linear(weight, parts, module.bias))
     if "attention.q_scale" in tensors:

@@ -17,7 +17,7 @@ from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from ..calibration import CalibrationSample, CalibrationSet, Conditioning
+from ..calibration import CalibrationSample, CalibrationSet, Conditioning, digest_conditioning
 from ..errors.calibration import CalibrationError
 from ..flux.config import FluxConfig
 from ..sources.source import FluxSource
@@ -92,12 +92,7 @@ def prompts_digest(prompts: Iterable[Conditioning]) -> str:
     digest = blake3()
     for prompt in prompts:
         digest.update(repr((prompt.guidance, prompt.reference_method)).encode())
-        for tensor in (prompt.context, prompt.pooled, prompt.concat, *prompt.references):
-            if tensor is None:
-                digest.update(b"none")
-                continue
-            digest.update(repr(tuple(tensor.shape)).encode())
-            digest.update(tensor.float().contiguous().numpy().tobytes())
+        digest_conditioning(digest, prompt)
     return digest.hexdigest()
 
 
