@@ -34,7 +34,6 @@ from comfy_in_process import import_comfyui  # noqa: E402
 
 import_comfyui()
 
-from flux_fp4.quant.calibration import Conditioning, rectified_flow_samples  # noqa: E402
 from flux_fp4.quant.flux.config import block_linears  # noqa: E402
 from flux_fp4.quant.flux.model import Flux  # noqa: E402
 from flux_fp4.quant.quality.distributions import (  # noqa: E402
@@ -47,14 +46,12 @@ from flux_fp4.quant.recipe import QuantizeOptions, named_recipe  # noqa: E402
 from flux_fp4.quant.sources.source import open_source  # noqa: E402
 from flux_fp4.quant.sqnr import SQNR  # noqa: E402
 from small_model.alternatives import comfy_kitchen_model  # noqa: E402
-from small_model.autoencoder import latents_of  # noqa: E402
 from small_model.classifier import DigitClassifier  # noqa: E402
-from small_model.conditioning import encode_prompts  # noqa: E402
-from small_model.digits import PROMPTS, load_ink  # noqa: E402
+from small_model.digits import PROMPTS, ink_of  # noqa: E402
+from small_model.samples import TIMESTEPS, Digits  # noqa: E402
 from small_model.sampling import (  # noqa: E402
     TEXT_TOKENS,
     Decoder,
-    Prompts,
     original_model,
     quantized_model,
     sample,
@@ -69,7 +66,6 @@ CALIBRATION = range(128)
 HELD_OUT = range(1537, 1793)
 """Pictures that no recipe sees, for the velocity. The transformer was trained on them too."""
 
-TIMESTEPS = 8
 PER_PROMPT = 100
 SEED = 4321
 
@@ -145,28 +141,17 @@ class Bench:
     """The model, its pictures and what rows are compared with."""
 
     def __init__(self) -> None:
-        ink, self.labels = load_ink()
-        self.latents = latents_of(ink)
-        self.prompts = Prompts(*encode_prompts(small_model_files.text_encoder(), PROMPTS))
+        self.digits = Digits.load()
         data = small_model_files.DATA
         self.source = open_source(data / small_model_files.DIFFUSION_MODEL)
         self.decoder = Decoder(data / small_model_files.VAE)
-        self.classifier = DigitClassifier(ink, self.labels)
-        self.real = self.classifier.features(ink)
+        self.classifier = DigitClassifier(self.digits.ink, self.digits.labels)
+        self.real = self.classifier.features(self.digits.ink)
         self.original = original_model(self.source)
 
     def quantized(self, row: Row) -> tuple[QuantizedCheckpoint, float]:
         """Quantize as a user would; return the checkpoint and the seconds."""
-        chosen = list(CALIBRATION)
-        prompts = [
-            Conditioning(
-                self.prompts.context[label][None, :TEXT_TOKENS],
-                self.prompts.pooled[label][None],
-                3.5,
-            )
-            for label in self.labels[chosen]
-        ]
-        samples = rectified_flow_samples(self.latents[chosen], prompts, TIMESTEPS, seed=0)
+        samples = self.digits.samples(CALIBRATION, seed=0, text_tokens=TEXT_TOKENS)
         options = QuantizeOptions(
             recipe=named_recipe(row.recipe),
             fp8_attention=row.fp8_attention,
@@ -215,20 +200,20 @@ class Bench:
         generator, ratio, loss = torch.Generator().manual_seed(99), SQNR(), 0.0
         chosen = torch.tensor(HELD_OUT)
         for level in range(TIMESTEPS):
-            x0 = self.latents[chosen]
+            x0 = self.digits.latents[chosen]
             noise = torch.randn(x0.shape, generator=generator)
             t = torch.full((len(chosen),), (level + 0.5) / TIMESTEPS)
             x = torch.lerp(x0, noise, t[:, None, None, None])
-            expected = velocity(self.original, x, t, self.labels[chosen], self.prompts)
-            actual = velocity(model, x, t, self.labels[chosen], self.prompts)
+            expected = velocity(self.original, x, t, self.digits.labels[chosen], self.digits)
+            actual = velocity(model, x, t, self.digits.labels[chosen], self.digits)
             ratio.add(expected, actual)
             loss += functional.mse_loss(actual, noise - x0).item() / TIMESTEPS
         return ratio.db, loss
 
     def _pictures(self, model: nn.Module) -> Tensor:
         labels = torch.arange(len(PROMPTS)).repeat_interleave(PER_PROMPT)
-        latents = sample(model, labels, SEED, self.prompts)  # type: ignore[arg-type]
-        return self.classifier.ink(torch.stack(list(self.decoder.pictures(latents))))
+        latents = sample(model, labels, SEED, self.digits)  # type: ignore[arg-type]
+        return ink_of(torch.stack(list(self.decoder.pictures(latents))))
 
 
 def plan_bytes(checkpoint: QuantizedCheckpoint) -> int:

@@ -36,11 +36,7 @@ from comfy_in_process import import_comfyui  # noqa: E402
 
 import_comfyui()
 
-from flux_fp4.quant.calibration import (  # noqa: E402
-    CalibrationSet,
-    Conditioning,
-    rectified_flow_samples,
-)
+from flux_fp4.quant.calibration import CalibrationSet  # noqa: E402
 from flux_fp4.quant.emulation import emulated_block  # noqa: E402
 from flux_fp4.quant.flux.model import LastLayer  # noqa: E402
 from flux_fp4.quant.quantize import quantize_checkpoint  # noqa: E402
@@ -49,42 +45,13 @@ from flux_fp4.quant.recipe import RECIPES, QuantizeOptions, named_recipe  # noqa
 from flux_fp4.quant.sources.source import FluxSource, open_source  # noqa: E402
 from flux_fp4.quant.sqnr import SQNR  # noqa: E402
 from flux_fp4.quant.stack import block_with_weights, embed, run_block  # noqa: E402
-from small_model.autoencoder import latents_of  # noqa: E402
-from small_model.conditioning import encode_prompts  # noqa: E402
-from small_model.digits import PROMPTS, load_ink  # noqa: E402
+from small_model.samples import Digits  # noqa: E402
 
 HELD_OUT = 1664
 """First of 64 pictures that are not calibrated with. Smoothing's margin and the activation range
 were chosen on the 64 before them."""
 
-TIMESTEPS, GUIDANCE = 8, 3.5
 REPEATS = 4
-
-
-@dataclass(frozen=True)
-class Digits:
-    """What samples are made of."""
-
-    latents: Tensor
-    labels: Tensor
-    context: Tensor
-    pooled: Tensor
-
-    @classmethod
-    def load(cls) -> Digits:
-        """Encode every digit and every prompt."""
-        ink, labels = load_ink()
-        return cls(
-            latents_of(ink), labels, *encode_prompts(small_model_files.text_encoder(), PROMPTS)
-        )
-
-    def samples(self, pictures: range, seed: int) -> CalibrationSet:
-        """Return the samples of some pictures with their own prompts."""
-        prompts = [
-            Conditioning(self.context[label][None], self.pooled[label][None], GUIDANCE)
-            for label in self.labels[list(pictures)]
-        ]
-        return rectified_flow_samples(self.latents[list(pictures)], prompts, TIMESTEPS, seed)
 
 
 @dataclass(frozen=True)

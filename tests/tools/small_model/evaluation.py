@@ -15,8 +15,8 @@ from PIL import Image
 from sklearn.model_selection import cross_val_score
 from sklearn.svm import SVC
 from torch import Tensor
-from torch.nn import functional
 
+from .classifier import classifier_inputs
 from .conditioning import encode_prompts
 from .digits import IMAGE_SIZE, PROMPTS, ink_of, load_ink
 
@@ -32,9 +32,6 @@ GUIDANCE = 3.5
 SEED = 1234
 PER_PROMPT = 50
 SHEET_COLUMNS = 16
-
-# 16x16 ink values per picture are enough for a support vector machine to tell digits apart.
-FEATURE_SIZE = 16
 
 
 @dataclass(frozen=True)
@@ -79,17 +76,13 @@ def sample_pictures(
     return torch.stack(rows)
 
 
-def _features(ink: Tensor) -> np.ndarray:
-    return functional.adaptive_avg_pool2d(ink, FEATURE_SIZE).flatten(1).numpy()
-
-
 def judge(pictures: Tensor) -> Evaluation:
     """Classify pictures ``[prompts, per_prompt, 3, H, W]`` with a classifier of real digits."""
     ink, labels = load_ink()
     classifier = SVC()
-    scores = cross_val_score(classifier, _features(ink), labels.numpy(), cv=5)
-    classifier.fit(_features(ink), labels.numpy())
-    found = classifier.predict(_features(ink_of(pictures.flatten(0, 1))))
+    scores = cross_val_score(classifier, classifier_inputs(ink), labels.numpy(), cv=5)
+    classifier.fit(classifier_inputs(ink), labels.numpy())
+    found = classifier.predict(classifier_inputs(ink_of(pictures.flatten(0, 1))))
     expected = np.arange(len(PROMPTS))[:, None]
     right = found.reshape(len(PROMPTS), -1) == expected
     return Evaluation(float(scores.mean()), float(right.mean()), tuple(right.mean(axis=1).tolist()))

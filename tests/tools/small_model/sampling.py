@@ -4,44 +4,32 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import comfy.model_sampling
+import comfy.samplers
 import comfy.utils
 import torch
 from comfy.taesd.taesd import TAESD
 from flux_fp4.quant.emulation import emulated_block
 from flux_fp4.quant.flux.model import Flux, image_ids, patchify, unpatchify
-from flux_fp4.quant.modulation import stored_modulation
+from flux_fp4.quant.modulation import is_modulation_weight, stored_modulation
 from flux_fp4.quant.nvfp4 import quantize_weight
 from flux_fp4.quant.quantized_checkpoint import QuantizedCheckpoint
 from flux_fp4.quant.sources.source import FluxSource
 from torch import Tensor
 
 from .digits import IMAGE_SIZE
+from .samples import GUIDANCE, Digits
 
 TEXT_TOKENS = 8
 """Of the encoder's 77: a prompt takes six, the others repeat the end token. The model saw 8 in most
 steps of its training, and a picture of 24 tokens takes a quarter of the time of one of 93."""
 
-STEPS, SHIFT, GUIDANCE = 20, 1.15, 3.5
+STEPS, SHIFT = 20, 1.15
 """As the shipped workflows: euler, simple, and the shift that ComfyUI gives FLUX by itself."""
 
 LATENT = (16, IMAGE_SIZE // 8, IMAGE_SIZE // 8)
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """Text states of every prompt.
-
-    Attributes:
-        context: ``[P, 77, 768]``.
-        pooled: ``[P, 768]``.
-    """
-
-    context: Tensor
-    pooled: Tensor
 
 
 def original_model(source: FluxSource) -> Flux:
@@ -66,7 +54,7 @@ def quantized_model(source: FluxSource, checkpoint: QuantizedCheckpoint) -> Flux
 
 def rounded_modulation(name: str, weight: Tensor, storage: str) -> Tensor:
     """Return a weight as it acts when modulation is stored in a format."""
-    if storage == "bf16" or "mod" not in name or not name.endswith(".lin.weight"):
+    if storage == "bf16" or not is_modulation_weight(name):
         return weight
     if storage == "nvfp4":
         return quantize_weight(weight, name).dequantize()
@@ -75,27 +63,27 @@ def rounded_modulation(name: str, weight: Tensor, storage: str) -> Tensor:
 
 
 @torch.inference_mode()
-def velocity(model: Flux, x: Tensor, t: Tensor, labels: Tensor, prompts: Prompts) -> Tensor:
+def velocity(model: Flux, x: Tensor, t: Tensor, labels: Tensor, digits: Digits) -> Tensor:
     """Predict the velocity of latents ``[B, 16, 8, 8]`` at times ``[B]``."""
     count, size = len(x), (x.shape[-2], x.shape[-1])
     patches = model(
         patchify(x),
         image_ids(*size, batch=count),
-        prompts.context[labels, :TEXT_TOKENS],
+        digits.context[labels, :TEXT_TOKENS],
         torch.zeros(count, TEXT_TOKENS, 3),
         t,
-        prompts.pooled[labels],
+        digits.pooled[labels],
         torch.full((count,), GUIDANCE),
     )
     return unpatchify(patches, *size)
 
 
-def sample(model: Flux, labels: Tensor, seed: int, prompts: Prompts) -> Tensor:
+def sample(model: Flux, labels: Tensor, seed: int, digits: Digits) -> Tensor:
     """Sample one latent per label with Euler's method; equal seeds start from equal noise."""
     x = torch.randn(len(labels), *LATENT, generator=torch.Generator().manual_seed(seed))
     times = sampling_times()
     for t, after in itertools.pairwise(times):
-        x = x + (after - t) * velocity(model, x, t.expand(len(x)), labels, prompts)
+        x = x + (after - t) * velocity(model, x, t.expand(len(x)), labels, digits)
     return x
 
 
@@ -103,9 +91,8 @@ def sampling_times() -> Tensor:
     """Return the noise levels of ComfyUI's scheduler "simple", from 1 to 0."""
     sampling = comfy.model_sampling.ModelSamplingFlux()
     sampling.set_parameters(shift=SHIFT)
-    spacing = len(sampling.sigmas) / STEPS
-    levels = [float(sampling.sigmas[-(1 + int(step * spacing))]) for step in range(STEPS)]
-    return torch.tensor([*levels, 0.0])
+    times: Tensor = comfy.samplers.simple_scheduler(sampling, STEPS)
+    return times
 
 
 class Decoder:
