@@ -21,7 +21,7 @@ from flux_fp4.quant.training.trajectories import TrajectoryOptions
 from tiny_flux import ignore_progress
 
 STEPS, SAVE_EVERY, BATCH = 24, 8, 8
-TRAJECTORIES = TrajectoryOptions(count=16, sampling_steps=4, kept=2, width=64, height=64)
+TRAJECTORIES = TrajectoryOptions(count=64, sampling_steps=4, kept=2, width=64, height=64)
 OPTIONS = DistillationOptions(
     training=TrainingOptions(steps=STEPS),
     batch=BATCH,
@@ -49,7 +49,7 @@ def distillation(inputs: Path, models: Path, **changes: Any) -> Distillation:
         options=OPTIONS.model_copy(update=changes),
         statistics=inputs / "models" / ".statistics",
         folder=models / ".training",
-        dtype=torch.float32,
+        dtype=torch.float64,  # see distill_in_fp64
     )
 
 
@@ -77,7 +77,7 @@ def arguments(inputs: Path, models: Path, **changes: object) -> list[str]:
         "sampling-steps": TRAJECTORIES.sampling_steps,
         "points": TRAJECTORIES.kept,
         "resolution": f"{TRAJECTORIES.width}x{TRAJECTORIES.height}",
-        "precision": "fp32",
+        "precision": "auto",
         "device": "cpu",
         **{name.replace("_", "-"): value for name, value in changes.items()},
     }

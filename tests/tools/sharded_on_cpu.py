@@ -10,6 +10,7 @@ import os
 import sys
 from typing import Any
 
+from distill_in_fp64 import compute_in_fp64
 from pack_import import register_pack
 
 register_pack()
@@ -49,6 +50,7 @@ def prepare_and_look(self: Accelerator, *parts: Any) -> Any:
 
 
 if __name__ == "__main__":
+    compute_in_fp64()
     os.environ.update(FSDP)
     check_launch, accelerators.check_launch = accelerators.check_launch, shard_on_cpu
     prepare, Accelerator.prepare = Accelerator.prepare, prepare_and_look
