@@ -11,10 +11,10 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test setup comfyui npm lint types unit comfy browser gpu fuzz matrix constraints golden thumbnails clean
+.PHONY: demo test setup comfyui npm lint types unit comfy browser gpu fuzz matrix constraints golden workflows thumbnails clean
 
 VENV := .venv
-BIN := $(VENV)/bin
+BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 COMFYUI := $(abspath $(or $(COMFYUI_PATH),.comfyui))
 export COMFYUI_PATH := $(COMFYUI)
 # Two workers' worth of cores is what the tests are sized for; more threads only add noise.
@@ -79,7 +79,7 @@ setup: $(VENV)/.packages
 
 $(VENV)/.uv: $(CONSTRAINTS)
 	@test -n "$(PYTHON)" || { echo "no Python 3.10 to 3.13 with venv found; set PYTHON=/path/to/python" >&2; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/python || test -x $(BIN)/python.exe || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) uv
 	touch $@
 
@@ -107,6 +107,10 @@ tests/browser/node_modules/.installed: tests/browser/package-lock.json
 # After an intended change of a node: rewrites tests/golden/object_info.json; review the diff.
 golden: setup
 	UPDATE_GOLDEN=1 $(BIN)/python -m pytest tests/comfy/test_object_info.py
+
+# After a change of the nodes or of tests/tools/shipped_workflows.py; review the diff, and in a browser.
+workflows: setup
+	$(BIN)/python tests/tools/shipped_workflows.py --comfyui $(COMFYUI)
 
 # After a change of the workflows or of the small model; look at the pictures.
 thumbnails: setup

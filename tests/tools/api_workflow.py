@@ -56,7 +56,7 @@ def _widget_inputs(node: Mapping[str, Any], info: Mapping[str, Any]) -> Iterator
         for name in info.get("input_order", {}).get(group, []):
             kind, *rest = info["input"][group][name]
             options = rest[0] if rest else {}
-            if not _is_widget(kind, options):
+            if not is_widget(kind, options):
                 continue
             if not values:
                 raise WorkflowFormatError(node, f"no saved value for widget '{name}'")
@@ -68,7 +68,7 @@ def _widget_inputs(node: Mapping[str, Any], info: Mapping[str, Any]) -> Iterator
         raise WorkflowFormatError(node, f"saved values without a widget: {values}")
 
 
-def _is_widget(kind: str | list[Any], options: Mapping[str, Any]) -> bool:
+def is_widget(kind: str | list[Any], options: Mapping[str, Any]) -> bool:
     # A list of choices is the older spelling of COMBO.
     return (isinstance(kind, list) or kind in WIDGET_TYPES) and not options.get("forceInput")
 

@@ -29,7 +29,6 @@ from small_model_files import DATA, DIFFUSION_MODEL, link_models
 from small_workflow import (
     QUANTIZED_NAME,
     for_small_model,
-    has_full_pipeline,
     stage_seconds,
     with_original_model,
     with_prompt,
@@ -86,12 +85,8 @@ def main() -> None:
 
 def full_pipeline(client: ComfyClient) -> ApiWorkflow:
     """Return the shipped workflow that starts from a checkpoint, in API form."""
-    object_info = client.object_info()
-    for path in sorted((ROOT / "workflows").glob("*.json")):
-        workflow = api_from_ui(json.loads(path.read_text()), object_info)
-        if has_full_pipeline(workflow):
-            return workflow
-    raise DemoError("no file in workflows/ quantizes a checkpoint")
+    path = ROOT / "workflows" / "flux_fp4_full_pipeline.json"
+    return api_from_ui(json.loads(path.read_text()), client.object_info())
 
 
 def sample(client: ComfyClient, workflow: ApiWorkflow, label: str) -> Sampled:

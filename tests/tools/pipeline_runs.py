@@ -16,20 +16,18 @@ from api_workflow import ApiWorkflow, api_from_ui, the_node
 from comfy_server import PROGRESS_TEXT, ComfyClient, PromptResult
 from pack_import import ROOT
 from PIL import Image
-from small_workflow import QUANTIZED_NAME, for_small_model, with_prompt
+from small_workflow import ENGINE as ENGINE
+from small_workflow import for_small_model, with_prompt
 
 FULL_PIPELINE = "flux_fp4_full_pipeline"
 LOAD_ENGINE = "flux_fp4_load_engine"
 MERGE_LORA = "flux_fp4_merge_lora"
-ENGINE = f"{QUANTIZED_NAME}/sm120"
 PROMPT = "a handwritten digit three"
 
 
 def shipped(name: str, object_info: dict[str, Any]) -> ApiWorkflow:
     saved = json.loads((ROOT / "workflows" / f"{name}.json").read_text())
     workflow = for_small_model(api_from_ui(saved, object_info))
-    if name == LOAD_ENGINE:
-        workflow[the_node(workflow, "FluxFP4LoadEngine")]["inputs"]["engine"] = ENGINE
     return with_prompt(workflow, PROMPT, seed=7)
 
 
