@@ -1,33 +1,16 @@
 // Open workflow files in the real ComfyUI frontend by drag and drop and report what it made of them.
 // usage: node open_workflows.mjs SERVER_URL SCREENSHOT_FOLDER WORKFLOW.json...
 // Prints one JSON object: file name -> { nodes, missing, flagged, dialogs, errors }.
-import chromium from '@sparticuz/chromium'
 import fs from 'node:fs'
 import path from 'node:path'
-import { chromium as playwright } from 'playwright-core'
+import { newPage, openFrontend, startBrowser } from './frontend.mjs'
 
 const [url, screenshots, ...files] = process.argv.slice(2)
 
-const browser = await playwright.launch({
-  executablePath: await chromium.executablePath(),
-  args: [...chromium.args, '--no-sandbox'],
-  headless: true
-})
-const page = await browser.newPage({ viewport: { width: 1600, height: 1000 } })
+const browser = await startBrowser()
+const page = await newPage(browser)
 let errors = []
 page.on('pageerror', (error) => errors.push(error.message))
-
-async function openFrontend() {
-  await page.goto(url, { waitUntil: 'domcontentloaded' })
-  await page.waitForFunction(
-    () => window.app?.graph && 'FluxFP4LoadEngine' in (window.LiteGraph?.registered_node_types ?? {}),
-    null,
-    { timeout: 90000 }
-  )
-  // The default graph's widgets mount after their nodes; replacing them half-way is not our subject.
-  await page.waitForLoadState('networkidle')
-  await page.waitForTimeout(2000)
-}
 
 async function drop(text, name) {
   const transfer = await page.evaluateHandle(
@@ -61,7 +44,7 @@ const report = {}
 for (const file of files) {
   const text = fs.readFileSync(file, 'utf8')
   // A page of its own for each file: dialogs of one must not be counted for the next.
-  await openFrontend()
+  await openFrontend(page, url)
   errors = []
   await drop(text, path.basename(file))
   const expected = JSON.parse(text).nodes.length

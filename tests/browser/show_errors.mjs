@@ -3,48 +3,12 @@
 // CASES.json: name -> { prompt: API-format workflow, text: what the user has to read,
 // places: of "panel" and "dialog" }.
 // Prints one JSON object: name -> place -> { text, found, visible, marked }.
-import chromium from '@sparticuz/chromium'
 import fs from 'node:fs'
 import path from 'node:path'
-import { chromium as playwright } from 'playwright-core'
+import { loadPrompt, newPage, openFrontend, setSetting, startBrowser } from './frontend.mjs'
 
 const [url, screenshots, file] = process.argv.slice(2)
 const ERRORS_TAB = 'Comfy.RightSidePanel.ShowErrorsTab'
-
-async function startBrowser() {
-  return playwright.launch({
-    executablePath: await chromium.executablePath(),
-    args: [...chromium.args, '--no-sandbox'],
-    headless: true
-  })
-}
-
-async function openFrontend(page, showsTab) {
-  await page.goto(url, { waitUntil: 'domcontentloaded' })
-  await page.waitForFunction(
-    () => window.app?.graph && 'FluxFP4LoadEngine' in (window.LiteGraph?.registered_node_types ?? {}),
-    null,
-    { timeout: 90000 }
-  )
-  // The default graph's widgets mount after their nodes; replacing them half-way is not our subject.
-  await page.waitForLoadState('networkidle')
-  await page.waitForTimeout(2000)
-  await page.evaluate(
-    ([name, value]) => app.extensionManager.setting.set(name, value),
-    [ERRORS_TAB, showsTab]
-  )
-}
-
-async function run(page, prompt) {
-  await page.evaluate((workflow) => app.loadApiJson(workflow, 'error'), prompt)
-  await page.waitForFunction(
-    (count) => app.graph.nodes.length === count,
-    Object.keys(prompt).length,
-    { timeout: 20000 }
-  )
-  await page.waitForTimeout(500)
-  await page.getByTestId('queue-button').click()
-}
 
 // What an element says, whether it has the text in one piece, and whether nothing hides any of it.
 async function shown(page, selector, text) {
@@ -89,9 +53,11 @@ for (const [name, { prompt, text, places }] of Object.entries(cases)) {
   for (const kind of places) {
     // A browser of its own for each: the frontend opens the workflows of its last page again.
     const browser = await startBrowser()
-    const page = await browser.newPage({ viewport: { width: 1600, height: 1000 } })
-    await openFrontend(page, kind === 'panel')
-    await run(page, prompt)
+    const page = await newPage(browser)
+    await openFrontend(page, url)
+    await setSetting(page, ERRORS_TAB, kind === 'panel')
+    await loadPrompt(page, prompt, 'error')
+    await page.getByTestId('queue-button').click()
     if (kind === 'panel') await page.getByTestId('error-overlay-see-errors').click({ timeout: 90000 })
     const selector = kind === 'panel' ? '[data-testid=properties-panel]' : '[role=dialog]'
     await page.waitForSelector(selector, { timeout: 90000 })

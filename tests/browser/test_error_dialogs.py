@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-from ctypes.util import find_library
 from pathlib import Path
 from typing import Any
 
 import pytest
 from api_workflow import ApiWorkflow, the_node
+from browser_runs import needs_browser, run_script
 from comfy_server import ComfyClient, ComfyServer
 from flux_fp4.trt_runtime.errors import REBUILD
-from pack_import import ROOT
 from pipeline_runs import ENGINE, FULL_PIPELINE, LOAD_ENGINE, changed, shipped, up_to
 from small_model_files import DIFFUSION_MODEL
 from small_workflow import QUANTIZED_NAME, write_calibration_pictures
 
-pytestmark = pytest.mark.skipif(
-    not (shutil.which("node") and shutil.which("npm") and find_library("nss3")),
-    reason="Requires: node, npm and libnss3",
-)
+pytestmark = needs_browser
 
-HERE = Path(__file__).resolve().parent
-SCREENSHOTS = ROOT / "output" / "browser"
 TARGET = ENGINE.partition("/")[2]
 
 # What has to be read in full, and the node that has to be marked.
@@ -139,8 +132,6 @@ def report(
     client: ComfyClient, prompts: dict[str, ApiWorkflow], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:
     """What the frontend shows of every error, in its panel and in its dialog."""
-    if not (HERE / "node_modules").is_dir():
-        pytest.fail("tests/browser/node_modules is absent: run 'make browser' or 'make npm'")
     cases = {
         name: {
             "prompt": prompt,
@@ -151,25 +142,7 @@ def report(
     }
     file = tmp_path_factory.mktemp("browser") / "cases.json"
     file.write_text(json.dumps(cases))
-    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-    # otherwise the first start opens the template browser over the graph
-    client.post("/settings", {"Comfy.TutorialCompleted": True})
-    done = subprocess.run(
-        [
-            shutil.which("node") or "node",
-            "show_errors.mjs",
-            client.url,
-            str(SCREENSHOTS),
-            str(file),
-        ],
-        cwd=HERE,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return dict(json.loads(done.stdout))
+    return run_script(client, "show_errors.mjs", str(file), seconds=900)
 
 
 @pytest.mark.parametrize(("name", "place"), SHOWN)

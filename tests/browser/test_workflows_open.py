@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
 from collections.abc import Iterator
-from ctypes.util import find_library
 from pathlib import Path
 from typing import Any
 
 import pytest
 from api_workflow import ApiWorkflow, api_from_ui
+from browser_runs import SCREENSHOTS, needs_browser, run_script
 from comfy_server import ComfyClient, ComfyServer
 from pack_import import ROOT
 
-pytestmark = pytest.mark.skipif(
-    not (shutil.which("node") and shutil.which("npm") and find_library("nss3")),
-    reason="Requires: node, npm and libnss3",
-)
+pytestmark = needs_browser
 
-HERE = Path(__file__).resolve().parent
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
-SCREENSHOTS = ROOT / "output" / "browser"
 CONTROL = "unknown_node"
 
 # Where the frontend looks for the files that the widgets of saved workflows name.
 PLACES = {
+    ("ControlNetLoader", "control_net_name"): "models/controlnet/{}",
     ("DualCLIPLoader", "clip_name1"): "models/text_encoders/{}",
     ("DualCLIPLoader", "clip_name2"): "models/text_encoders/{}",
+    ("FluxFP4EngineFromCheckpoint", "checkpoint"): "models/diffusion_models/{}",
     ("FluxFP4LoadEngine", "engine"): "models/flux_fp4/{}/manifest.json",
     ("FluxFP4Quantize", "checkpoint"): "models/diffusion_models/{}",
     ("LoadImage", "image"): "input/{}",
@@ -73,22 +68,12 @@ def report(
     client: ComfyClient, named_files: None, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:
     """What the frontend made of every workflow, and of one with a node that does not exist."""
-    if not (HERE / "node_modules").is_dir():
-        pytest.fail("tests/browser/node_modules is absent: run 'make browser' or 'make npm'")
     workflow = json.loads(WORKFLOWS[0].read_text())
     workflow["nodes"][0]["type"] = "NodeThatDoesNotExist"
     control = tmp_path_factory.mktemp("browser") / f"{CONTROL}.json"
     control.write_text(json.dumps(workflow))
-    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-    # otherwise the first start opens the template browser over the graph
-    client.post("/settings", {"Comfy.TutorialCompleted": True})
-    command = ["node", "open_workflows.mjs", client.url, str(SCREENSHOTS)]
-    command += [str(path) for path in (*WORKFLOWS, control)]
-    done = subprocess.run(
-        command, cwd=HERE, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return dict(json.loads(done.stdout))
+    paths = [str(path) for path in (*WORKFLOWS, control)]
+    return run_script(client, "open_workflows.mjs", *paths, seconds=600)
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)

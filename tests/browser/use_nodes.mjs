@@ -1,0 +1,162 @@
+// Use the nodes in the real ComfyUI frontend as people do, and report what they would see.
+// usage: node use_nodes.mjs SERVER_URL SCREENSHOT_FOLDER CASES.json
+// CASES.json: { run: prompt, cancel: prompt, waitFor: node type whose text is waited for,
+// help: [node types], languages: [codes] }
+// Prints one JSON object: { run, cancel, help: type -> {...}, languages: code -> {...} }.
+import fs from 'node:fs'
+import path from 'node:path'
+import { loadPrompt, newPage, openFrontend, setSetting, startBrowser } from './frontend.mjs'
+
+const [url, screenshots, file] = process.argv.slice(2)
+const cases = JSON.parse(fs.readFileSync(file, 'utf8'))
+const shot = (page, name) => page.screenshot({ path: path.join(screenshots, `${name}.png`) })
+
+// Collects what the server tells the frontend and the texts that nodes show meanwhile.
+async function watch(page) {
+  await page.evaluate(() => {
+    window.seen = { progress: [], texts: {}, ended: null }
+    const note = (kind) => () => (window.seen.ended = window.seen.ended ?? kind)
+    for (const kind of ['execution_success', 'execution_interrupted', 'execution_error']) {
+      app.api.addEventListener(kind, note(kind))
+    }
+    app.api.addEventListener('progress', ({ detail }) => window.seen.progress.push([detail.node, detail.value, detail.max]))
+    window.watching = setInterval(() => {
+      for (const node of app.graph.nodes) {
+        const widget = node.widgets?.find((w) => w.name === '$$node-text-preview')
+        if (widget?.value) (window.seen.texts[node.type] ??= new Set()).add(String(widget.value))
+      }
+    }, 50)
+  })
+}
+
+async function seen(page) {
+  return page.evaluate(() => {
+    clearInterval(window.watching)
+    const texts = Object.entries(window.seen.texts).map(([type, found]) => [type, [...found]])
+    return { ...window.seen, texts: Object.fromEntries(texts) }
+  })
+}
+
+async function started(page, type) {
+  await page.waitForFunction(
+    (wanted) => Object.keys(window.seen.texts).includes(wanted) && window.seen.progress.length > 2,
+    type,
+    { timeout: 180000 }
+  )
+}
+
+// Show a node as large as it is, so that a picture of the page shows what is written on it.
+async function lookAt(page, type) {
+  await page.evaluate((wanted) => {
+    app.canvas.ds.scale = 1
+    app.canvas.centerOnNode(app.graph.nodes.find((node) => node.type === wanted))
+  }, type)
+  await page.waitForTimeout(300)
+}
+
+async function ended(page) {
+  await page.waitForFunction(() => window.seen.ended, null, { timeout: 300000 })
+  await page.waitForTimeout(1000)
+}
+
+async function run(page) {
+  await openFrontend(page, url)
+  await loadPrompt(page, cases.run, 'run')
+  await watch(page)
+  await page.getByTestId('queue-button').click()
+  await lookAt(page, cases.waitFor)
+  await started(page, cases.waitFor)
+  await shot(page, 'use_progress')
+  await ended(page)
+  await shot(page, 'use_done')
+  return seen(page)
+}
+
+async function cancel(page) {
+  await openFrontend(page, url)
+  await loadPrompt(page, cases.cancel, 'cancel')
+  await watch(page)
+  await page.getByTestId('queue-button').click()
+  await started(page, cases.waitFor)
+  const before = Date.now()
+  await page.getByRole('button', { name: 'Cancel current run' }).first().click()
+  await page.waitForFunction(() => window.seen.ended, null, { timeout: 60000, polling: 20 })
+  const seconds = (Date.now() - before) / 1000
+  await lookAt(page, cases.waitFor)
+  await shot(page, 'use_cancelled')
+  const found = await seen(page)
+  return { ...found, seconds }
+}
+
+async function help(page) {
+  await openFrontend(page, url)
+  const report = {}
+  for (const type of cases.help) {
+    await page.evaluate((kind) => {
+      app.graph.clear()
+      const node = LiteGraph.createNode(kind)
+      app.graph.add(node)
+      node.pos = [100, 200]
+      app.canvas.ds.reset()
+      app.canvas.selectNode(node)
+      app.canvas.setDirty(true, true)
+    }, type)
+    const button = page.getByTestId('info-button')
+    await button.waitFor({ timeout: 20000 })
+    await button.click()
+    const panel = page.getByTestId('properties-panel')
+    await panel.waitFor({ timeout: 20000 })
+    await page.waitForFunction(
+      () => [...document.querySelectorAll('[data-testid=properties-panel] img')].every((i) => i.complete),
+      null,
+      { timeout: 20000 }
+    )
+    await page.waitForTimeout(1000)
+    report[type] = await panel.evaluate((element) => ({
+      text: element.innerText,
+      pictures: [...element.querySelectorAll('img')].map((image) => ({
+        source: image.getAttribute('src'),
+        text: image.alt,
+        width: image.naturalWidth,
+        shown: image.getBoundingClientRect().width
+      })),
+      width: element.getBoundingClientRect().width
+    }))
+    await shot(page, `help_${type}`)
+  }
+  return report
+}
+
+async function languages(page) {
+  const report = {}
+  for (const code of cases.languages) {
+    await openFrontend(page, url)
+    await setSetting(page, 'Comfy.Locale', code)
+    await openFrontend(page, url)
+    await loadPrompt(page, cases.cancel, code)
+    await lookAt(page, cases.waitFor)
+    report[code] = await page.evaluate(() =>
+      Object.fromEntries(
+        app.graph.nodes.map((node) => [
+          node.type,
+          {
+            title: LiteGraph.registered_node_types[node.type].title,
+            widgets: (node.widgets ?? []).map((widget) => widget.label ?? widget.name)
+          }
+        ])
+      )
+    )
+    await shot(page, `language_${code}`)
+  }
+  await setSetting(page, 'Comfy.Locale', 'en')
+  return report
+}
+
+const report = {}
+for (const [name, part] of Object.entries({ run, cancel, help, languages })) {
+  // A browser of its own for each: the frontend opens the workflows of its last page again.
+  const browser = await startBrowser()
+  report[name] = await part(await newPage(browser)).catch((error) => ({ error: String(error) }))
+  await browser.close()
+}
+console.log(JSON.stringify(report))
