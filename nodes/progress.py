@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import time
+
 import comfy.model_management
 import comfy.utils
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
+
+from .remaining import Remaining, remaining_text
+
+REFRESH_S = 5.0
+"""Between two changes of the time that is left, while the phase stays."""
 
 
 class NodeProgress:
@@ -18,14 +25,18 @@ class NodeProgress:
     def __init__(self, node_id: str) -> None:
         self.node_id = node_id
         self._phase = ""
+        self._remaining, self._shown = Remaining(), 0.0
         self._bar = comfy.utils.ProgressBar(1, node_id=node_id)
 
     def __call__(self, phase: str, done: int, total: int) -> None:
         # The bar only looks at the interrupt when it sends something, which it does rarely.
         comfy.model_management.throw_exception_if_processing_interrupted()
-        if phase != self._phase:
-            self._phase = phase
-            self.show(phase)
+        now = time.monotonic()
+        left = self._remaining.seconds(now, done, total)
+        if phase != self._phase or (left is not None and now - self._shown > REFRESH_S):
+            self._phase, self._shown = phase, now
+            # a phase without words clears the node
+            self.show(f"{phase}\n{remaining_text(left)}" if phase and left is not None else phase)
         self._bar.update_absolute(done, max(total, 1))
 
     def show(self, text: str) -> None:
