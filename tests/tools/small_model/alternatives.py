@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+
 import comfy_kitchen
+import modelopt.torch.quantization as mtq
 import torch
+from flux_fp4.quant.calibration import CalibrationSet
 from flux_fp4.quant.emulation import EmulatedLinear
 from flux_fp4.quant.flux.config import block_linears
-from flux_fp4.quant.flux.model import Flux
+from flux_fp4.quant.flux.model import Flux, image_ids, patchify
 from flux_fp4.quant.native_nvfp4 import NativeNVFP4Weight, from_native
 from flux_fp4.quant.nvfp4 import E2M1_MAX, E4M3_MAX, fake_quantize_activation
 from flux_fp4.quant.sources.source import FluxSource
+from modelopt.torch.quantization import tensor_quant
 from torch import Tensor
 
 from .sampling import original_model
@@ -42,3 +47,79 @@ def _by_own_range(x: Tensor) -> Tensor:
     """Round an input by its own largest value, as ``TensorCoreNVFP4Layout`` does at run time."""
     amax = x.abs().amax().float().clamp(min=torch.finfo(torch.float32).tiny)
     return fake_quantize_activation(x, amax / (E2M1_MAX * E4M3_MAX))
+
+
+def modelopt_model(source: FluxSource, config: str, samples: CalibrationSet) -> Flux:
+    """Quantize with one of ModelOpt 0.47's configurations as it comes, by ``mtq.quantize``.
+
+    ModelOpt fake-quantizes NVFP4 on GPUs only; here it is told to round as they do.
+
+    Args:
+        source: The original.
+        config: Name of the configuration, such as ``NVFP4_DEFAULT_CFG``.
+        samples: To calibrate with.
+
+    Returns:
+        The model with ModelOpt's modules for the Linears of blocks. The rest is as it was, as in
+        NVIDIA's example for FLUX, attention included.
+    """
+    tensor_quant.dynamic_block_quantize_op = _dynamic_block_quantize
+    model = original_model(source)
+    kept = {
+        f"{block}.{part}" for block in source.config.block_names for part in block_linears(block)
+    }
+    others = [name for name, _ in model.named_modules() if name and name not in kept]
+    chosen = copy.deepcopy(getattr(mtq, config))
+    chosen["quant_cfg"] += [
+        {"quantizer_name": f"{name}.*_quantizer", "enable": False}
+        for name in others
+        if not any(True for _ in model.get_submodule(name).children())
+    ]
+    with torch.no_grad():
+        quantized: Flux = mtq.quantize(model, chosen, lambda model: _run(model, samples))
+    return quantized
+
+
+def nvfp4_bytes(source: FluxSource, rank: int = 0) -> int:
+    """Return the bytes of all Linears of blocks in NVFP4, with branches of a rank in bf16."""
+    shapes = _shapes(source)
+    return sum(n * k // 2 + n * k // 16 + 2 * rank * (n + k) for n, k in shapes)
+
+
+def branch_operations(source: FluxSource, rank: int) -> float:
+    """Return the multiplications of branches of a rank in parts of the Linears' own."""
+    shapes = _shapes(source)
+    return rank * sum(n + k for n, k in shapes) / sum(n * k for n, k in shapes)
+
+
+def _shapes(source: FluxSource) -> list[tuple[int, int]]:
+    shapes = []
+    for block in source.config.block_names:
+        tensors = source.submodule(block)
+        shapes += [tensors[f"{linear}.weight"].shape for linear in block_linears(block)]
+    return [(rows, columns) for rows, columns in shapes]
+
+
+def _dynamic_block_quantize(
+    inputs: Tensor, block_size: int, amax: Tensor | None, *formats: int
+) -> Tensor:
+    """As ModelOpt's Triton kernel for NVFP4: blocks of 16 with E4M3 scales under ``amax``."""
+    assert (block_size, *formats) == (16, 4, 2, 8, 4)
+    largest = inputs.abs().amax() if amax is None else amax.amax()
+    return fake_quantize_activation(inputs, largest.float() / (E2M1_MAX * E4M3_MAX))
+
+
+def _run(model: Flux, samples: CalibrationSet) -> None:
+    for sample in samples.samples:
+        text = sample.conditioning
+        assert text.pooled is not None
+        assert text.guidance is not None
+        model(
+            patchify(sample.latent),
+            image_ids(*sample.latent.shape[-2:]),
+            text.context,
+            torch.zeros(1, text.context.shape[1], 3),
+            torch.tensor([sample.t]),
+            text.pooled,
+            torch.tensor([text.guidance]),
+        )

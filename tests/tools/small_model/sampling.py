@@ -29,6 +29,9 @@ steps of its training, and a picture of 24 tokens takes a quarter of the time of
 STEPS, SHIFT = 20, 1.15
 """As the shipped workflows: euler, simple, and the shift that ComfyUI gives FLUX by itself."""
 
+AT_ONCE = 200
+"""Pictures. More take longer each: every operation then gets new memory from the system."""
+
 LATENT = (16, IMAGE_SIZE // 8, IMAGE_SIZE // 8)
 
 
@@ -62,9 +65,14 @@ def rounded_modulation(name: str, weight: Tensor, storage: str) -> Tensor:
     return parts[name].float() * parts[f"{name.removesuffix('.weight')}.weight_scale"]
 
 
-@torch.inference_mode()
 def velocity(model: Flux, x: Tensor, t: Tensor, labels: Tensor, digits: Digits) -> Tensor:
     """Predict the velocity of latents ``[B, 16, 8, 8]`` at times ``[B]``."""
+    parts = (part.split(AT_ONCE) for part in (x, t, labels))
+    return torch.cat([_velocity(model, *part, digits) for part in zip(*parts, strict=True)])
+
+
+@torch.inference_mode()
+def _velocity(model: Flux, x: Tensor, t: Tensor, labels: Tensor, digits: Digits) -> Tensor:
     count, size = len(x), (x.shape[-2], x.shape[-1])
     patches = model(
         patchify(x),

@@ -1,0 +1,243 @@
+"""The rows of the quality table: every way to make FP4 of the small model that is compared."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from flux_fp4.quant.calibration import CalibrationSet
+from flux_fp4.quant.flux.config import block_linears
+from flux_fp4.quant.flux.model import Flux
+from flux_fp4.quant.quantize import quantize_checkpoint
+from flux_fp4.quant.quantized_checkpoint import QuantizedCheckpoint
+from flux_fp4.quant.recipe import Format, QuantizeOptions, TrainingOptions, named_recipe
+from flux_fp4.quant.sources.source import FluxSource
+from flux_fp4.quant.training.accelerators import open_accelerator
+from flux_fp4.quant.training.distillation import Distillation, distill
+from flux_fp4.quant.training.trainer import DistillationOptions
+from flux_fp4.quant.training.trajectories import TrajectoryOptions
+from small_model.alternatives import (
+    branch_operations,
+    comfy_kitchen_model,
+    modelopt_model,
+    nvfp4_bytes,
+)
+from small_model.digits import IMAGE_SIZE
+from small_model.samples import Digits
+from small_model.sampling import TEXT_TOKENS, quantized_model
+
+CALIBRATION = range(128)
+"""Pictures that recipes see; blockwise training learns from 112 of them and is judged by 16."""
+
+DISTILLATION = DistillationOptions(
+    training=TrainingOptions(steps=2000, learning_rate=5e-3),
+    trajectories=TrajectoryOptions(count=512, kept=10, width=IMAGE_SIZE, height=IMAGE_SIZE),
+)
+
+
+@dataclass(frozen=True)
+class Made:
+    """A quantized model.
+
+    Attributes:
+        model: It, emulated.
+        plan_bytes: Of the weights of all Linears of blocks.
+        extra_operations: Multiplications beside the Linears' own, in parts of those.
+        seconds: That it took to make, without calibration.
+    """
+
+    model: Flux
+    plan_bytes: int
+    extra_operations: float
+    seconds: float
+
+
+class Workshop:
+    """What rows are made from, and where."""
+
+    def __init__(self, source: FluxSource, digits: Digits, folder: Path) -> None:
+        self.source, self.digits, self.folder = source, digits, folder
+
+    def samples(self) -> CalibrationSet:
+        """Return what recipes see."""
+        return self.digits.samples(CALIBRATION, seed=0, text_tokens=TEXT_TOKENS)
+
+    def quantize(self, name: str, options: QuantizeOptions) -> QuantizedCheckpoint:
+        """Quantize as a user would; what an earlier row calibrated is used again."""
+        return quantize_checkpoint(
+            self.source,
+            self.folder / name / f"{name}.safetensors",
+            self.samples(),
+            options,
+            self.folder / "statistics",
+            lambda phase, done, total: None,
+            dtype=torch.float32,
+        )
+
+    def distill(self, name: str, base: QuantizedCheckpoint) -> QuantizedCheckpoint:
+        """Train a checkpoint against the original, in this process."""
+        # accelerate keeps one state for the whole life of a process
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        work = Distillation(
+            source=self.source,
+            base=base,
+            samples=self.samples(),
+            destination=self.folder / name / f"{name}.safetensors",
+            options=DISTILLATION,
+            statistics=self.folder / "statistics",
+            folder=self.folder / "training",
+            dtype=torch.float32,
+        )
+        accelerator = open_accelerator("cpu", DISTILLATION.accumulate, None, work.logs)
+        return distill(work, accelerator, False, lambda phase, done, total: None)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to quantize.
+
+    Attributes:
+        name: As the tables show it.
+        make: Makes it.
+    """
+
+    name: str
+    make: Callable[[Workshop], Made]
+
+    @property
+    def file_name(self) -> str:
+        """The name without blanks and commas."""
+        return self.name.replace(", ", "-").replace(" ", "-")
+
+
+def recipe_row(
+    recipe: str,
+    fp8_attention: bool = True,
+    modulation: Format = "bf16",
+    refinements: int = 0,
+    distilled: bool = False,
+) -> Row:
+    """Return the row of a recipe of the pack with some options."""
+    parts = [recipe]
+    parts += [f"{refinements} refinements"] if refinements else []
+    parts += [] if fp8_attention else ["bf16 attention"]
+    parts += [] if modulation == "bf16" else [f"{modulation} modulation"]
+    parts += ["qad"] if distilled else []
+    chosen = named_recipe(recipe)
+    if refinements:
+        assert chosen.low_rank is not None
+        low_rank = chosen.low_rank.model_copy(update={"refinements": refinements})
+        chosen = chosen.model_copy(update={"low_rank": low_rank})
+    options = QuantizeOptions(recipe=chosen, fp8_attention=fp8_attention, modulation=modulation)
+    name = ", ".join(parts)
+
+    def make(workshop: Workshop) -> Made:
+        base = name.removesuffix(", qad").replace(", ", "-").replace(" ", "-")
+        started = time.monotonic()
+        checkpoint = workshop.quantize(base, options)
+        if distilled:
+            started = time.monotonic()
+            checkpoint = workshop.distill(f"{base}-qad", checkpoint)
+        seconds = time.monotonic() - started
+        return Made(
+            quantized_model(workshop.source, checkpoint),
+            plan_bytes(checkpoint),
+            extra_operations(checkpoint),
+            seconds,
+        )
+
+    return Row(name, make)
+
+
+def comfy_kitchen_row() -> Row:
+    """Return the row of ComfyUI's own NVFP4."""
+
+    def make(workshop: Workshop) -> Made:
+        started = time.monotonic()
+        model, size = comfy_kitchen_model(workshop.source)
+        return Made(model, size, 0.0, time.monotonic() - started)
+
+    return Row("comfy_kitchen, bf16 attention", make)
+
+
+def modelopt_row(config: str) -> Row:
+    """Return the row of one of ModelOpt's configurations as it comes."""
+
+    def make(workshop: Workshop) -> Made:
+        started = time.monotonic()
+        model = modelopt_model(workshop.source, config, workshop.samples())
+        seconds, rank = time.monotonic() - started, 32 if "SVDQUANT" in config else 0
+        return Made(
+            model,
+            nvfp4_bytes(workshop.source, rank),
+            branch_operations(workshop.source, rank),
+            seconds,
+        )
+
+    return Row(f"ModelOpt {config}, bf16 attention", make)
+
+
+def plan_bytes(checkpoint: QuantizedCheckpoint) -> int:
+    """Count the bytes of all Linears in plans."""
+    blocks = ("double_blocks.", "single_blocks.")
+    return sum(
+        tensor.length
+        for name, tensor in checkpoint.tensors.items()
+        if name.startswith(blocks) and "mod" not in name
+    )
+
+
+def extra_operations(checkpoint: QuantizedCheckpoint) -> float:
+    """Return the operations of low-rank branches in parts of the Linears' own."""
+    own = extra = 0
+    for block in checkpoint.metadata.block_names:
+        for linear in (f"{block}.{part}" for part in block_linears(block)):
+            rows, columns = checkpoint.linear_shape(linear)
+            own += rows * columns
+            branch = checkpoint.tensors.get(f"{linear}.svd_down")
+            extra += 0 if branch is None else branch.shape[0] * (rows + columns)
+    return extra / own
+
+
+RECIPES = (
+    recipe_row("nvfp4-max"),
+    recipe_row("nvfp4-mse"),
+    recipe_row("nvfp4-awq"),
+    recipe_row("nvfp4-svdquant-r16"),
+    recipe_row("nvfp4-svdquant-r32"),
+    recipe_row("nvfp4-svdquant-r64"),
+    recipe_row("nvfp4-qat"),
+    recipe_row("nvfp4-mse", distilled=True),
+    recipe_row("nvfp4-fp8mix"),
+    recipe_row("auto"),
+    recipe_row("fp8"),
+)
+"""With everything else at its default: attention in FP8, modulation in bf16."""
+
+ATTENTION = (
+    recipe_row("nvfp4-max", fp8_attention=False),
+    recipe_row("nvfp4-svdquant-r32", fp8_attention=False),
+    recipe_row("nvfp4-qat", fp8_attention=False),
+    recipe_row("fp8", fp8_attention=False),
+)
+
+MODULATION = (
+    recipe_row("nvfp4-mse", modulation="fp8"),
+    recipe_row("nvfp4-mse", modulation="nvfp4"),
+)
+
+OTHERS = (
+    comfy_kitchen_row(),
+    modelopt_row("NVFP4_DEFAULT_CFG"),
+    recipe_row("nvfp4-mse", fp8_attention=False),
+    modelopt_row("NVFP4_AWQ_LITE_CFG"),
+    recipe_row("nvfp4-awq", fp8_attention=False),
+    modelopt_row("NVFP4_SVDQUANT_DEFAULT_CFG"),
+    recipe_row("nvfp4-svdquant-r32", fp8_attention=False, refinements=16),
+)
+"""What other software makes, beside what compares with it here."""
