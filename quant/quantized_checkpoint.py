@@ -97,6 +97,7 @@ class DistillationReport(BaseModel):
 
     Attributes:
         steps: How long.
+        best_step: Steps before the state that was kept: the best for the held-out prompts.
         batch: Samples of each step.
         samples: Points of trajectories that were learned from.
         held_out: Prompts that were not.
@@ -111,6 +112,7 @@ class DistillationReport(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     steps: int
+    best_step: int
     batch: int
     samples: int
     held_out: int

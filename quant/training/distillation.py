@@ -135,9 +135,10 @@ def distill(
     student = quantized_student(work.source, work.base, work.dtype)
     trainer = Trainer(accelerator, student, points, held_out, options)
     before_db = trainer.sqnr_db()
-    _train(trainer, before_db, folder, work, accelerator, progress)
+    best_step = _train(trainer, before_db, folder, work, accelerator, progress)
     report = DistillationReport(
         steps=options.training.steps,
+        best_step=best_step,
         batch=options.batch,
         samples=trainer.learned,
         held_out=len(held_out),
@@ -187,21 +188,37 @@ def _train(
     work: Distillation,
     accelerator: Accelerator,
     progress: Progress,
-) -> None:
+) -> int:
+    """Train to the end, then go back to the state that was best; return the steps before it.
+
+    With few prompts a model begins to learn them by heart, and held-out prompts lose again.
+    """
     steps, every = work.options.training.steps, work.options.save_every
     done = folder.last_step() or 0
     if done:
         folder.load(done, trainer.state)
         logger.info("Going on after step %d", done)
     log = RunLog(work.logs, accelerator, done)
+    measured = {step: db for step, db in log.measured("sqnr_db").items() if step}
     if not done:
         log.add(0, sqnr_db=before_db)
     for step in range(done, steps):
         progress("Distilling", step, steps)
         log.add(step + 1, loss=trainer.step(step))
         if (step + 1) % every == 0 or step + 1 == steps:
-            log.add(step + 1, sqnr_db=trainer.sqnr_db())
-            folder.save(step + 1, trainer.state)
+            measured[step + 1] = trainer.sqnr_db()
+            log.add(step + 1, sqnr_db=measured[step + 1])
+            folder.save(step + 1, trainer.state, _best(measured))
+    best = _best(measured)
+    if best != steps:
+        folder.load(best, trainer.state)
+        logger.info("Of held-out prompts, the state after step %d was best", best)
+    return best
+
+
+def _best(measured: Mapping[int, float]) -> int:
+    """Return the last of the steps whose value is largest."""
+    return max(measured, key=lambda step: (measured[step], step))
 
 
 def _write(

@@ -85,8 +85,13 @@ class RunFolder:
         ]
         return max(steps, default=None)
 
-    def save(self, step: int, state: TrainingState) -> None:
+    def save(self, step: int, state: TrainingState, best: int) -> None:
         """Write the state after a step; it takes its name when every process has written its part.
+
+        Args:
+            step: Steps before it.
+            state: Of the run.
+            best: Steps before the state that is kept beside it, if it is another one.
 
         Raises:
             FileWriteError: The system refuses to write.
@@ -96,7 +101,8 @@ class RunFolder:
             state_dict_saver.save(state.tensors(), checkpoint_id=unfinished, no_dist=alone)
         self._accelerator.wait_for_everyone()
         if self._accelerator.is_main_process:
-            former = list(self.path.glob("step-*"))
+            kept = self._folder(best)
+            former = [folder for folder in self.path.glob("step-*") if folder != kept]
             unfinished.rename(self._folder(step))
             sync_folder(self.path)
             for folder in former:

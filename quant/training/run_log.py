@@ -25,11 +25,20 @@ class RunLog:
             accelerator: With its trackers started, if it has any.
             done: Steps behind that state.
         """
-        self._path, self._accelerator = folder / LOG, accelerator
+        self._path, self._accelerator, self._done = folder / LOG, accelerator, done
         if accelerator.is_main_process:
             kept = [line for line in _lines(self._path) if json.loads(line)["step"] <= done]
             with whole_file(self._path) as file:
                 file.writelines(kept)
+
+    def measured(self, value: str) -> dict[int, float]:
+        """Return what was noted of one kind of value, by the steps before it; empty without a log.
+
+        Every process reads the same, whatever the first one is writing meanwhile.
+        """
+        entries = (json.loads(line) for line in _lines(self._path))
+        kept = (entry for entry in entries if value in entry and entry["step"] <= self._done)
+        return {entry["step"]: float(entry[value]) for entry in kept}
 
     def add(self, step: int, **values: float) -> None:
         """Note what was measured after some steps.

@@ -91,14 +91,18 @@ def test_metadata_say_what_was_done(inputs: Path, distilled: Distilled) -> None:
     assert report.base_digest == before.content_digest != metadata.content_digest
     measured = logged(distilled.models, "sqnr_db")
     assert len(measured) == 1 + STEPS // SAVE_EVERY
-    assert (report.before_db, report.after_db) == pytest.approx((measured[0], measured[-1]))
+    best = max(measured[1:])
+    assert (report.before_db, report.after_db) == pytest.approx((measured[0], best))
+    assert report.best_step == SAVE_EVERY * measured.index(best)
     assert metadata.recipe == "nvfp4-mse-qad"
     assert report.reports == "measured"
     for linear, former in zip(metadata.linears, before.linears, strict=True):
         assert linear.input_amax == former.input_amax
         # codes moved away from the original's weight, so its weight is further off
         assert linear.weight_sqnr_db < former.weight_sqnr_db
-    assert "distilled for 24 steps" in quantized_summary(distilled.checkpoint)
+    assert f"distilled for 24 steps, best after {report.best_step}" in quantized_summary(
+        distilled.checkpoint
+    )
 
 
 def test_only_what_is_trained_changes(inputs: Path, distilled: Distilled) -> None:
@@ -169,6 +173,34 @@ def test_cancelled_run_goes_on_to_the_same_bytes(
     assert logged(models, "loss") == logged(distilled.models, "loss")
     # what is over leaves its log
     assert [path.name for path in work.logs.iterdir()] == ["log.jsonl"]
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_best_state_is_kept(
+    inputs: Path, models: Path, monkeypatch: pytest.MonkeyPatch, interrupted: bool
+) -> None:
+    # before, after each 8 steps, and what was kept
+    values = iter([1.0, 3.0, 2.0, 1.0, 2.5, 3.0] if interrupted else [1.0, 3.0, 2.0, 2.5, 3.0])
+    averages = []
+
+    def sqnr_db(self: Trainer) -> float:
+        found = self.state.tensors()["average"]
+        averages.append({name: tensor.clone() for name, tensor in found.items()})
+        return next(values)
+
+    monkeypatch.setattr(Trainer, "sqnr_db", sqnr_db)
+    work = distillation(inputs, models)
+    if interrupted:
+        with pytest.raises(StopError):
+            distill_here(work, stop_at(2 * SAVE_EVERY + 3))
+        states = sorted(path.name for path in work.logs.glob("step-*"))
+        assert states == [f"step-{step:08d}" for step in (SAVE_EVERY, 2 * SAVE_EVERY)]
+    report = distill_here(work).metadata.distillation
+    assert report is not None
+    assert (report.best_step, report.after_db) == (SAVE_EVERY, 3.0)
+    first, later, kept = averages[1], averages[-2], averages[-1]
+    assert all(torch.equal(kept[name], first[name]) for name in kept)
+    assert not any(torch.equal(kept[n], later[n]) for n in kept if n.endswith(".steps"))
 
 
 def test_parts_of_a_batch_add_up(inputs: Path, distilled: Distilled, models: Path) -> None:
