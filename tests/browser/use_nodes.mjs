@@ -11,7 +11,7 @@ const [url, screenshots, file] = process.argv.slice(2)
 const cases = JSON.parse(fs.readFileSync(file, 'utf8'))
 const shot = (page, name) => page.screenshot({ path: path.join(screenshots, `${name}.png`) })
 
-// Collects what the server tells the frontend and the texts that nodes show meanwhile.
+// Collects what the server tells the frontend while a prompt runs.
 async function watch(page) {
   await page.evaluate(() => {
     window.seen = { progress: [], texts: {}, ended: null }
@@ -20,20 +20,18 @@ async function watch(page) {
       app.api.addEventListener(kind, note(kind))
     }
     app.api.addEventListener('progress', ({ detail }) => window.seen.progress.push([detail.node, detail.value, detail.max]))
-    window.watching = setInterval(() => {
-      for (const node of app.graph.nodes) {
-        const widget = node.widgets?.find((w) => w.name === '$$node-text-preview')
-        if (widget?.value) (window.seen.texts[node.type] ??= new Set()).add(String(widget.value))
-      }
-    }, 50)
+    app.api.addEventListener('progress_text', ({ detail }) => {
+      const type = app.graph.getNodeById(detail.nodeId)?.type
+      if (detail.text) (window.seen.texts[type] ??= []).push(detail.text)
+    })
   })
 }
 
+// With it, the text that stands on each node in the end.
 async function seen(page) {
   return page.evaluate(() => {
-    clearInterval(window.watching)
-    const texts = Object.entries(window.seen.texts).map(([type, found]) => [type, [...found]])
-    return { ...window.seen, texts: Object.fromEntries(texts) }
+    const text = (node) => node.widgets?.find((w) => w.name === '$$node-text-preview')?.value
+    return { ...window.seen, shown: Object.fromEntries(app.graph.nodes.map((node) => [node.type, text(node)])) }
   })
 }
 
