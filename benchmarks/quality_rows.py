@@ -34,9 +34,10 @@ CALIBRATION = range(128)
 """Pictures that recipes see; blockwise training learns from 112 of them and is judged by 16."""
 
 DISTILLATION = DistillationOptions(
-    training=TrainingOptions(steps=2000, learning_rate=5e-3),
-    trajectories=TrajectoryOptions(count=512, kept=10, width=IMAGE_SIZE, height=IMAGE_SIZE),
+    training=TrainingOptions(steps=600, learning_rate=5e-3),
+    trajectories=TrajectoryOptions(count=2048, kept=10, width=IMAGE_SIZE, height=IMAGE_SIZE),
 )
+"""With a quarter of these trajectories, held-out prompts lost again after 300 steps."""
 
 
 @dataclass(frozen=True)

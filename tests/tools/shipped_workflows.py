@@ -136,7 +136,7 @@ def schnell(sheet: Sheet) -> None:
 def compare(sheet: Sheet) -> None:
     """The engine beside its original, step by step and picture by picture."""
     loaded = begin(sheet, notes.COMPARE, 420)
-    with sheet.frame("1  The original and its engine", "sample"):
+    with sheet.frame("1  Along the steps", "compare"):
         column = sheet.column(FRAMES)
         reference = column.put("UNETLoader", unet_name=DEV)["MODEL"]
         tested = column.put("FluxFP4LoadEngine", engine=ENGINE)["model"]
@@ -145,7 +145,6 @@ def compare(sheet: Sheet) -> None:
         latent = compared.put("EmptySD3LatentImage", width=1024, height=1024, batch_size=2)
         drawn = compared.put(
             "FluxFP4CompareModels",
-            size=(360, 330),
             reference=reference,
             tested=tested,
             positive=conditioning,
@@ -153,11 +152,8 @@ def compare(sheet: Sheet) -> None:
             seed=7,
             sampler_name="euler",
         )
-    with sheet.frame("2  Along the steps", "compare"):
-        column = sheet.column(right_of(sheet))
-        column.put("PreviewAny", "Errors by step", source=drawn["report"])
-        next_to(column).put("PreviewImage", "Chart", (420, 330), images=drawn["chart"])
-    with sheet.frame("3  In the pictures", "compare"):
+        next_to(compared).put("PreviewAny", "Errors by step", source=drawn["report"])
+    with sheet.frame("2  In the pictures", "compare"):
         column = sheet.column(FRAMES, below(sheet))
         pictures = [
             column.put("VAEDecode", title, samples=drawn[output], vae=loaded.vae)["IMAGE"]
@@ -192,10 +188,7 @@ def batch_build(sheet: Sheet) -> None:
             exported = column.put("FluxFP4ExportONNX", checkpoint=quantized["checkpoint"])
             column = next_to(column)
             built = column.put("FluxFP4BuildEngine", checkpoint=exported["checkpoint"])
-            column = next_to(column)
-            inspected = column.put("FluxFP4Inspect", checkpoint=built["engine"])
-            column = next_to(column)
-            column.put("PreviewImage", "Quality by block", images=inspected["chart"])
+            next_to(column).put("FluxFP4Inspect", "Quality", checkpoint=built["engine"])
 
 
 def _sample(sheet: Sheet, loaded: Any, loaded_model: Output, prefix: str) -> None:

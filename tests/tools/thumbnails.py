@@ -71,7 +71,7 @@ def _pictures(client: ComfyClient, name: str, workflow: ApiWorkflow) -> list[Ima
     result = client.run(workflow, 600)
     if result.images():
         return [picture(client, result)]
-    charts = nodes_of_type(workflow, "PreviewImage")
+    charts = nodes_of_type(workflow, "FluxFP4Inspect")
     entries = (result.previews(chart)[0] for chart in charts[:1])
     return [Image.open(BytesIO(client.image(entry))).convert("RGB") for entry in entries]
 

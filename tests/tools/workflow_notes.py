@@ -113,8 +113,8 @@ COMPARE = f"""# What FP4 costs, measured
 {_TEXTS}
 Both draw the same noise.
 
-2. The error of the velocity at every step: of the engine alone, and of what has added up.
-3. Metrics of the pictures, with intervals, and the worst pairs beside a map of their difference.
+1. The error of the velocity at every step: of the engine alone, and of what has added up.
+2. Metrics of the pictures, with intervals, and the worst pairs beside a map of their difference.
 
 Two pictures are an example; *FLUX FP4 Compare Images* says how many would show a difference.
 """

@@ -112,9 +112,9 @@ def make(
     exported = quantize.put("FluxFP4ExportONNX", checkpoint=quantized)["checkpoint"]
     build = next_to(quantize)
     engine = build.put("FluxFP4BuildEngine", checkpoint=exported)["engine"]
-    inspected = build.put("FluxFP4Inspect", checkpoint=engine)
-    report = next_to(build)
-    report.put("PreviewAny", "Report", source=inspected["report"])
+    inspect = next_to(build)
+    inspected = inspect.put("FluxFP4Inspect", "Quality", checkpoint=engine)
+    next_to(inspect).put("PreviewAny", "Report", (460, 380), source=inspected["report"])
     return engine
 
 

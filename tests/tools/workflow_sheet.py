@@ -44,13 +44,22 @@ WIDTH = 330
 
 VIEWS = {
     "CLIPTextEncode": 100,
-    "FluxFP4CompareImages": 60,
+    "FluxFP4BuildEngine": 90,
+    "FluxFP4CalibrationSamples": 50,
+    "FluxFP4CompareImages": 360,
+    "FluxFP4CompareModels": 320,
+    "FluxFP4EngineFromCheckpoint": 110,
+    "FluxFP4ExportONNX": 50,
+    "FluxFP4Inspect": 320,
+    "FluxFP4LoadEngine": 70,
+    "FluxFP4Quantize": 110,
+    "FluxFP4QuantizeModel": 110,
     "LoadImage": 260,
     "PreviewAny": 280,
     "PreviewImage": 280,
     "SaveImage": 420,
 }
-"""Height of the part that shows a picture or takes a text, by type."""
+"""Height of what a node shows or takes besides its widgets, by type: pictures, texts, results."""
 
 SLOT, WIDGET, EDGE = 20, 24, 16
 """Heights of a row of sockets, of a widget, and of what is around both: LiteGraph's."""
