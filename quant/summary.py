@@ -33,8 +33,8 @@ def quantized_summary(checkpoint: QuantizedCheckpoint) -> str:
     if metadata.distillation is not None:
         report = metadata.distillation
         lines.append(
-            f"distilled for {report.steps} steps, best after {report.best_step}: the original's velocity for "
-            f"{report.held_out} held-out prompts from {report.before_db:.2f} to "
+            f"distilled for {report.steps} steps, best after {report.best_step}: the original's "
+            f"velocity for {report.held_out} held-out prompts from {report.before_db:.2f} to "
             f"{report.after_db:.2f} dB"
         )
     if metadata.velocity_sqnr_db is not None:
