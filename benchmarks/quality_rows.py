@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from flux_fp4.quant.calibration import CalibrationSet
+from flux_fp4.quant.emulation import EmulatedLinear
 from flux_fp4.quant.flux.config import block_linears
 from flux_fp4.quant.flux.model import Flux
 from flux_fp4.quant.quantize import quantize_checkpoint
@@ -28,7 +29,7 @@ from small_model.alternatives import (
 )
 from small_model.digits import IMAGE_SIZE
 from small_model.samples import Digits
-from small_model.sampling import TEXT_TOKENS, quantized_model
+from small_model.sampling import TEXT_TOKENS, original_model, quantized_model
 
 CALIBRATION = range(128)
 """Pictures that recipes see; blockwise training learns from 112 of them and is judged by 16."""
@@ -155,6 +156,25 @@ def recipe_row(
     return Row(name, make)
 
 
+def half_row(weights: bool) -> Row:
+    """Return the row of `nvfp4-mse` with only its weights in FP4, or only their inputs."""
+
+    def make(workshop: Workshop) -> Made:
+        options = QuantizeOptions(recipe=named_recipe("nvfp4-mse"))
+        model = quantized_model(workshop.source, workshop.quantize("nvfp4-mse", options))
+        original = original_model(workshop.source)
+        for name, module in model.named_modules():
+            if not isinstance(module, EmulatedLinear):
+                continue
+            if weights:
+                module.quantize_input = None
+            else:
+                module.weight = original.get_parameter(f"{name}.weight")
+        return Made(model, 0, 0.0, 0.0)
+
+    return Row("weights in FP4, inputs exact" if weights else "inputs in FP4, weights exact", make)
+
+
 def comfy_kitchen_row() -> Row:
     """Return the row of ComfyUI's own NVFP4."""
 
@@ -231,6 +251,9 @@ MODULATION = (
     recipe_row("nvfp4-mse", modulation="fp8"),
     recipe_row("nvfp4-mse", modulation="nvfp4"),
 )
+
+HALVES = (half_row(weights=True), half_row(weights=False))
+"""Where the error of `nvfp4-mse` comes from."""
 
 OTHERS = (
     comfy_kitchen_row(),

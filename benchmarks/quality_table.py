@@ -38,7 +38,7 @@ from quality_measures import (  # noqa: E402
     kernel,
     with_interval,
 )
-from quality_rows import ATTENTION, MODULATION, OTHERS, RECIPES, Made, Row, Workshop  # noqa: E402
+from quality_rows import ATTENTION, HALVES, MODULATION, OTHERS, RECIPES, Made, Row, Workshop  # noqa: E402
 from small_model.samples import Digits  # noqa: E402
 from small_model.sampling import original_model  # noqa: E402
 from torch import Tensor  # noqa: E402
@@ -48,7 +48,13 @@ PAGE = ROOT / "docs" / "quality.md"
 
 ORIGINAL = Row("original", lambda workshop: Made(original_model(workshop.source), 0, 0.0, 0.0))
 
-TABLES = {"recipes": RECIPES, "attention": ATTENTION, "modulation": MODULATION, "others": OTHERS}
+TABLES = {
+    "recipes": RECIPES,
+    "halves": HALVES,
+    "attention": ATTENTION,
+    "modulation": MODULATION,
+    "others": OTHERS,
+}
 """By the name of the marks in the page. Rows may be in several."""
 
 BASELINE = RECIPES[0]
