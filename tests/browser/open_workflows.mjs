@@ -1,6 +1,6 @@
 // Open workflow files in the real ComfyUI frontend by drag and drop and report what it made of them.
 // usage: node open_workflows.mjs SERVER_URL SCREENSHOT_FOLDER WORKFLOW.json...
-// Prints one JSON object: file name -> { nodes, missing, flagged, dialogs, errors }.
+// Prints one JSON object: file name -> { nodes, links, missing, flagged, dialogs, errors }.
 import fs from 'node:fs'
 import path from 'node:path'
 import { newPage, openFrontend, startBrowser } from './frontend.mjs'
@@ -33,6 +33,7 @@ async function state() {
     const nodes = app.graph.nodes
     return {
       nodes: nodes.length,
+      links: nodes.flatMap((node) => node.inputs ?? []).filter((input) => input.link != null).length,
       missing: nodes.filter((node) => !(node.type in registered)).map((node) => node.type),
       flagged: nodes.filter((node) => node.has_errors).map((node) => node.type),
       dialogs: [...document.querySelectorAll('[role=dialog]')].map((d) => d.innerText)

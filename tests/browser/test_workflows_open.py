@@ -78,8 +78,10 @@ def report(
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_workflow_opens_whole(report: dict[str, Any], path: Path) -> None:
-    found = report[path.stem]
-    assert found["nodes"] == len(json.loads(path.read_text())["nodes"])
+    found, saved = report[path.stem], json.loads(path.read_text())
+    assert found["nodes"] == len(saved["nodes"])
+    # the editor drops links that do not fit their ends
+    assert found["links"] == len(saved["links"])
     assert found["missing"] == []
     assert found["flagged"] == []
     assert found["errors"] == []

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -13,6 +11,7 @@ from typing import Any
 
 import pytest
 from api_workflow import ApiWorkflow, nodes_of_type
+from comfy_cli import comfy, run
 from comfy_server import ComfyServer
 from pack_import import ROOT
 from packaging.requirements import Requirement
@@ -22,22 +21,6 @@ from small_workflow import write_calibration_pictures
 
 PACK_NAME = "comfyui-flux-fp4"
 """The Registry's id of the pack, which is the name of its folder after installation."""
-
-
-def run(*command: str, folder: Path, home: Path) -> str:
-    environment = {**os.environ, "HOME": str(home), "USERPROFILE": str(home)}
-    done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
-def comfy(*arguments: str, folder: Path, home: Path) -> str:
-    """Run comfy-cli without questions and without telling anybody."""
-    program = str(Path(sys.executable).with_name("comfy"))
-    run(program, "--skip-prompt", "tracking", "disable", folder=folder, home=home)
-    return run(program, "--skip-prompt", *arguments, folder=folder, home=home)
 
 
 @pytest.fixture(scope="module")

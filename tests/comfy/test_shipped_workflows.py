@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from api_workflow import ApiWorkflow, api_from_ui
+from comfy_cli import comfy
 from comfy_server import ComfyClient, ComfyServer
 from pack_import import ROOT
 from pipeline_runs import FULL_PIPELINE, picture, psnr_db, shipped
@@ -25,6 +27,11 @@ def engine(server: ComfyServer, client: ComfyClient, object_info: dict[str, Any]
     """All that workflows load, and the engine that some start from."""
     write_small_models(server.base)
     assert client.run(shipped(FULL_PIPELINE, object_info), 600).status == "success"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)
@@ -53,6 +60,19 @@ def test_workflow_runs(
         original = picture(client, client.run(with_original_model(workflow), 600))
         closeness = psnr_db(image, original)
         assert 15 < closeness < 60, f"{closeness:.1f} dB"
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_comfy_cli_finds_it_valid(
+    client: ComfyClient, engine: None, name: str, tmp_path: Path, home: Path
+) -> None:
+    """Types of nodes, inputs, choices and links, by ComfyUI's own command line."""
+    now = client.object_info()
+    (tmp_path / "workflow.json").write_text(json.dumps(shipped(name, now)))
+    (tmp_path / "object_info.json").write_text(json.dumps(now))
+    arguments = ("--workflow", "workflow.json", "--input", "object_info.json")
+    said = comfy("workflow", "validate", *arguments, folder=tmp_path, home=home)
+    assert "error" not in said.lower(), said
 
 
 def test_second_run_makes_no_engine(
