@@ -91,9 +91,9 @@ def table(rows: Sequence[Row], real: Tensor) -> Iterator[str]:
     """Yield the lines of a table, of its rows that were measured."""
     yield (
         "| | velocity | flow loss | FID | KID x 1000 | digits read | confidence | of FID's gap "
-        "| of confidence's gap | in plans | more operations | seconds |"
+        "| of KID's gap | of confidence's gap | in plans | more operations | seconds |"
     )
-    yield "|---" * 12 + "|"
+    yield "|---" * 13 + "|"
     original, baseline = (Result.load(stored(row)) for row in (ORIGINAL, BASELINE))
     for row in (ORIGINAL, *rows):
         if not stored(row).is_file():
@@ -108,7 +108,8 @@ def table(rows: Sequence[Row], real: Tensor) -> Iterator[str]:
         ]
         gap = [found, baseline, original]
         parted = row not in (ORIGINAL, BASELINE)
-        cells += [_percent(closed(m), gap) if parted else "" for m in (frechet(real), confidence)]
+        measures = (frechet(real), kernel(real), confidence)
+        cells += [_percent(closed(measure), gap) if parted else "" for measure in measures]
         cells += [f"{found.plan_bytes / 1e6:.2f} MB", f"{found.extra_operations:.1%}"]
         cells += [f"{found.seconds:.0f}"]
         if row is ORIGINAL:

@@ -473,7 +473,7 @@ def _save_native(d: Drawing) -> None:
     d.arrow(file.bottom, load.top)
     d.text(701, 232, "no engine, no node pack")
     d.frame(4, 140, 440, 294, "recipes")
-    d.box("good", 22, 186, 404, 84, "nvfp4-max\nnvfp4-mse")
+    d.box("good", 22, 186, 404, 84, "nvfp4-max, nvfp4-mse,\nnvfp4-qat")
     d.box("bad", 22, 286, 404, 130, "refused: fp8, nvfp4-fp8mix,\nnvfp4-awq,\nnvfp4-svdquant-…")
     d.box("GPU", 506, 280, 390, 56, "FP4 GPU: FP4 GEMMs")
     d.box("GPU", 506, 366, 390, 56, "others: saves memory only")

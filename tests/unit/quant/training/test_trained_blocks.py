@@ -9,13 +9,14 @@ import torch
 from flux_fp4.quant.calibration import CalibrationSet
 from flux_fp4.quant.emulation import emulated_block
 from flux_fp4.quant.errors.calibration import CalibrationError
+from flux_fp4.quant.native_checkpoint import save_native_checkpoint
 from flux_fp4.quant.quantized_checkpoint import QuantizedCheckpoint
 from flux_fp4.quant.recipe import QuantizeOptions, TrainingOptions, named_recipe
 from flux_fp4.quant.sources.source import open_source
 from flux_fp4.quant.sqnr import SQNR
 from flux_fp4.quant.stack import block_with_weights, embed, run_block, tokens
 from quantize_tiny import quantize, with_recipe
-from tiny_flux import random_samples
+from tiny_flux import ignore_progress, random_samples
 
 STEPS = 30
 
@@ -70,6 +71,21 @@ def test_report_says_what_training_did(trained: QuantizedCheckpoint) -> None:
         assert block.training.steps == STEPS
         text = f"{block.name}: {block.training.before_db:.2f} to {block.training.after_db:.2f} dB"
         assert block.training.helped, text
+
+
+def test_trained_values_can_be_saved_for_comfyui(
+    trained: QuantizedCheckpoint, tmp_path: Path
+) -> None:
+    save_native_checkpoint(trained, tmp_path / "native.safetensors", ignore_progress)
+    native = open_source(tmp_path / "native.safetensors")
+    for report in trained.metadata.linears:
+        packed = native.packed(report.name)
+        assert packed is not None
+        for part, tensor in (("weight", packed.packed), ("weight_scale", packed.block_scale)):
+            stored = trained.load(f"{report.name}.{part}")
+            assert torch.equal(tensor.view(torch.uint8), stored.view(torch.uint8))
+        bias = f"{report.name}.bias"
+        assert torch.equal(native.tensors([bias])[bias], trained.load(bias))
 
 
 def test_sizes_are_those_of_an_untrained_checkpoint(
