@@ -110,7 +110,7 @@ class EngineFromCheckpoint(io.ComfyNode):
         loading = engine_options(lora, modulation_memory, engine_memory, cuda_graphs)
         model = stages.load(folder, backend, loading)
         cls.ledger.record(cls.hidden.unique_id, [quantized, folder / paths.MANIFEST])
-        text = reports.model_summary(paths.engine_name(folder), model)
+        text = reports.model_summary(paths.engine_name(folder), model) + progress.took()
         progress.show(text)
         return io.NodeOutput(model, ui=ui.PreviewText(text))
 

@@ -122,6 +122,6 @@ class BuildEngine(io.ComfyNode):
         folder, manifest = stages.build(source, spec, workers, progress)
         cls.ledger.record(cls.hidden.unique_id, [folder / paths.MANIFEST])
         name = paths.engine_name(folder)
-        text = reports.engine_summary(name, manifest)
+        text = reports.engine_summary(name, manifest) + progress.took()
         progress.show(text)
         return io.NodeOutput(name, ui=ui.PreviewText(text))

@@ -75,6 +75,7 @@ class ExportONNX(io.ComfyNode):
             files = (*files, whole)
             text += f"\n{whole.name}: {_kibibytes([whole])} in {whole.parent}"
         cls.ledger.record(cls.hidden.unique_id, files)
+        text += progress.took()
         progress.show(text)
         return io.NodeOutput(checkpoint, ui=ui.PreviewText(text))
 

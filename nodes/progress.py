@@ -9,10 +9,13 @@ import comfy.utils
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
-from .remaining import Remaining, remaining_text
+from .remaining import Remaining, duration_text, remaining_text
 
 REFRESH_S = 5.0
 """Between two changes of the time that is left, while the phase stays."""
+
+WORTH_SAYING_S = 1.0
+"""Finding that everything is up to date takes less."""
 
 
 class NodeProgress:
@@ -25,6 +28,7 @@ class NodeProgress:
     def __init__(self, node_id: str) -> None:
         self.node_id = node_id
         self._phase = ""
+        self._began = time.monotonic()
         self._remaining, self._shown = Remaining(), 0.0
         self._bar = comfy.utils.ProgressBar(1, node_id=node_id)
 
@@ -38,6 +42,11 @@ class NodeProgress:
             # a phase without words clears the node
             self.show(f"{phase}\n{remaining_text(left)}" if phase and left is not None else phase)
         self._bar.update_absolute(done, max(total, 1))
+
+    def took(self) -> str:
+        """Return a line that says how long the work took; nothing where there was none to do."""
+        seconds = time.monotonic() - self._began
+        return f"\nmade in {duration_text(seconds)}" if seconds >= WORTH_SAYING_S else ""
 
     def show(self, text: str) -> None:
         """Write text on the node; it stays there when the node has finished."""

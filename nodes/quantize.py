@@ -166,6 +166,6 @@ def _quantized(
         preflight.require(source, options, None, destination.parent)
         quantized = stages.quantize(source, destination, samples, options, progress)
     node.ledger.record(node.hidden.unique_id, [destination])
-    text = reports.quantized_summary(quantized)
+    text = reports.quantized_summary(quantized) + progress.took()
     progress.show(text)
     return io.NodeOutput(name, ui=ui.PreviewText(text))

@@ -1,4 +1,4 @@
-"""How much longer a stage takes, from how long its last steps took."""
+"""How long a stage takes: what is left, from how long its last steps took, and what it took."""
 
 from __future__ import annotations
 
@@ -50,3 +50,13 @@ def remaining_text(seconds: float) -> str:
     if minutes < 90:
         return f"about {minutes:.0f} min left of this part"
     return f"about {minutes / 60:.1f} h left of this part"
+
+
+def duration_text(seconds: float) -> str:
+    """Say how long something took."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,7 @@ def test_nodes_say_what_they_do_and_what_they_did(report: dict[str, Any]) -> Non
     assert any(text.startswith("Building ") for text in texts[WATCHED])
     assert "output SQNR of the quantized Linears" in shown["FluxFP4Quantize"]
     assert "FP4 GEMMs 24 of 24" in shown[WATCHED]
+    assert re.search(r"\nmade in \d+", shown[WATCHED])
     assert "reference" in shown["FluxFP4LoadEngine"]
 
 

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from comfy_in_process import import_comfyui
 
 import_comfyui()
 
-from flux_fp4.nodes.remaining import PATIENCE_S, Remaining, remaining_text  # noqa: E402
+from flux_fp4.nodes.progress import NodeProgress  # noqa: E402
+from flux_fp4.nodes.remaining import (  # noqa: E402
+    PATIENCE_S,
+    Remaining,
+    duration_text,
+    remaining_text,
+)
 
 
 def test_nothing_is_said_at_first() -> None:
@@ -63,3 +71,27 @@ def test_next_part_starts_anew() -> None:
 )
 def test_words(seconds: float, text: str) -> None:
     assert remaining_text(seconds) == f"{text} left of this part"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (1.2, "1 s"),
+        (59.9, "60 s"),
+        (61.4, "1 min 1 s"),
+        (3599.7, "1 h 0 min"),
+        (9000, "2 h 30 min"),
+    ],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration_text(seconds) == text
+
+
+def test_only_work_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    progress = NodeProgress("1")
+    now[0] = 100.5
+    assert progress.took() == ""
+    now[0] = 175.0
+    assert progress.took() == "\nmade in 1 min 15 s"
