@@ -71,8 +71,10 @@ def test_comfy_cli_finds_it_valid(
     (tmp_path / "workflow.json").write_text(json.dumps(shipped(name, now)))
     (tmp_path / "object_info.json").write_text(json.dumps(now))
     arguments = ("--workflow", "workflow.json", "--input", "object_info.json")
-    said = comfy("workflow", "validate", *arguments, folder=tmp_path, home=home)
-    assert "error" not in said.lower(), said
+    said = comfy("--json", "workflow", "validate", *arguments, folder=tmp_path, home=home)
+    (answer,) = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+    found = answer["data"]
+    assert (found["valid"], found["errors"], found["warnings"]) == (True, [], [])
 
 
 def test_second_run_makes_no_engine(
