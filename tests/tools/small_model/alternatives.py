@@ -17,7 +17,7 @@ from flux_fp4.quant.sources.source import FluxSource
 from modelopt.torch.quantization import tensor_quant
 from torch import Tensor
 
-from .sampling import original_model
+from .sampling import AT_ONCE, original_model
 
 
 def comfy_kitchen_model(source: FluxSource) -> tuple[Flux, int]:
@@ -110,16 +110,18 @@ def _dynamic_block_quantize(
 
 
 def _run(model: Flux, samples: CalibrationSet) -> None:
-    for sample in samples.samples:
-        text = sample.conditioning
-        assert text.pooled is not None
-        assert text.guidance is not None
+    """Show the model all samples, which have one shape, some at once."""
+    for first in range(0, len(samples.samples), AT_ONCE):
+        chosen = samples.samples[first : first + AT_ONCE]
+        latents = torch.cat([sample.latent for sample in chosen])
+        texts = [sample.conditioning for sample in chosen]
+        context = torch.cat([text.context for text in texts])
         model(
-            patchify(sample.latent),
-            image_ids(*sample.latent.shape[-2:]),
-            text.context,
-            torch.zeros(1, text.context.shape[1], 3),
-            torch.tensor([sample.t]),
-            text.pooled,
-            torch.tensor([text.guidance]),
+            patchify(latents),
+            image_ids(*latents.shape[-2:], batch=len(chosen)),
+            context,
+            torch.zeros(*context.shape[:2], 3),
+            torch.tensor([sample.t for sample in chosen]),
+            torch.cat([text.pooled for text in texts if text.pooled is not None]),
+            torch.tensor([text.guidance for text in texts]),
         )
