@@ -110,10 +110,11 @@ def table(rows: Sequence[Row], real: Tensor) -> Iterator[str]:
         parted = row not in (ORIGINAL, BASELINE)
         measures = (frechet(real), kernel(real), confidence)
         cells += [_percent(closed(measure), gap) if parted else "" for measure in measures]
-        cells += [f"{found.plan_bytes / 1e6:.2f} MB", f"{found.extra_operations:.1%}"]
-        cells += [f"{found.seconds:.0f}"]
+        made = [f"{found.plan_bytes / 1e6:.2f} MB", f"{found.extra_operations:.1%}"]
+        made += [f"{found.seconds:.0f}"]
+        cells += made if found.plan_bytes else [""] * len(made)
         if row is ORIGINAL:
-            cells[1], cells[-3:] = "", ["", "", ""]
+            cells[1] = ""
         yield f"| {' | '.join(cells)} |"
 
 
