@@ -9,7 +9,6 @@ from .build import BuildEngine
 from .calibration import CalibrationSamples
 from .compare_images import CompareImages
 from .compare_models import CompareModels
-from .engine_labels import register_route
 from .engine_manager import EngineManager
 from .export import ExportONNX
 from .inspect_checkpoint import Inspect
@@ -21,11 +20,10 @@ from .quantize import Quantize, QuantizeModel
 
 
 class FluxFP4Extension(ComfyExtension):
-    """Registers the model folder, a route and the node classes with ComfyUI."""
+    """Registers the model folder and the node classes with ComfyUI."""
 
     async def on_load(self) -> None:
         register_model_folder()
-        register_route()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [

@@ -94,17 +94,6 @@ def test_list_shows_all_and_changes_nothing(client: ComfyClient, engine: Path) -
     assert names <= set(engine.parent.rglob("*"))
 
 
-def test_labels_say_model_recipe_and_state(client: ComfyClient, engine: Path) -> None:
-    made = f"{ENGINE} \u00b7 flux1-dev \u00b7 nvfp4-max \u00b7 "
-    assert client.get("/flux_fp4/engine_labels") == {ENGINE: f"{made}ready"}
-    make_stale(engine)
-    (label,) = client.get("/flux_fp4/engine_labels").values()
-    assert label.startswith(f"{made}library updated")
-    (engine.parent / f"{NAME}.safetensors").write_bytes(b"damaged")
-    (label,) = client.get("/flux_fp4/engine_labels").values()
-    assert label.startswith(f"{ENGINE} \u00b7 ")
-
-
 def test_stale_engines_are_built_again_as_they_were(client: ComfyClient, engine: Path) -> None:
     make_stale(engine)
     for onnx in engine.parent.glob("*.onnx"):

@@ -193,7 +193,7 @@ def test_merged_lora_shows_in_the_engine(
     weaker = up_to(
         changed(workflow, "LoraLoaderModelOnly", strength_model=0.5), "FluxFP4QuantizeModel"
     )
-    texts = client.run(weaker).progress_texts(the_node(weaker, "FluxFP4QuantizeModel"))
+    texts = client.run(weaker).phases(the_node(weaker, "FluxFP4QuantizeModel"))
     assert {f"Calibrating {block}" for block in BLOCKS} <= set(texts)
 
 
@@ -261,7 +261,7 @@ def test_cancelled_quantization_goes_on(
     assert name not in offered["options"]
     again = client.run(workflow)
     assert again.status == "success"
-    texts = again.progress_texts(node)
+    texts = again.phases(node)
     assert [text for text in texts if text.startswith("Keeping")] == [
         f"Keeping {block}, finished earlier" for block in BLOCKS[:2]
     ]

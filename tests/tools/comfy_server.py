@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import socket
@@ -76,6 +77,12 @@ class PromptResult:
         """Return what a node showed on itself while it ran, in order."""
         found = (event["data"] for event in self.events if event["type"] == PROGRESS_TEXT)
         return [data["text"] for data in found if data["node"] == node_id]
+
+    def phases(self, node_id: str) -> list[str]:
+        """Return what a node said it was doing, without the time that is left: it is shown when
+        work takes long, again and again."""
+        firsts = [text.partition("\n")[0] for text in self.progress_texts(node_id)]
+        return [phase for phase, _ in itertools.groupby(firsts)]
 
     def text(self, node_id: str) -> str:
         """Return the preview text of a node."""

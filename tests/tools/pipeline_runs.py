@@ -78,13 +78,14 @@ def interrupt_at(client: ComfyClient, node_id: str, value: int) -> Any:
 
 
 def interrupt_at_text(client: ComfyClient, node_id: str, text: str) -> Any:
-    """Return an event handler that cancels when a node shows a text."""
-    return _interrupt_when(
-        client,
-        lambda event: (
-            event["type"] == PROGRESS_TEXT and event["data"] == {"node": node_id, "text": text}
-        ),
-    )
+    """Return an event handler that cancels when a node shows a phase."""
+
+    def is_moment(event: dict[str, Any]) -> bool:
+        if event["type"] != PROGRESS_TEXT or event["data"]["node"] != node_id:
+            return False
+        return bool(event["data"]["text"].partition("\n")[0] == text)
+
+    return _interrupt_when(client, is_moment)
 
 
 def _interrupt_when(client: ComfyClient, is_moment: Callable[[dict[str, Any]], bool]) -> Any:
