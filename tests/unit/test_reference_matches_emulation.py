@@ -23,9 +23,12 @@ from tiny_flux import TINY, TINY_FLUX2, ignore_progress, random_flux
 MIN_LINEAR_DB = 60.0
 """One Linear differs in the order of fp32 sums alone."""
 
-MIN_BLOCK_DB = 50.0
-"""Along a block those differences can move values across FP4 rounding edges. Where none crosses
-one this measures 140 dB; a constant rounded to bf16 by mistake once cost 100 dB of them."""
+SAMPLES = 4
+EXACT_BLOCK_DB, MIN_BLOCK_DB = 100.0, 40.0
+"""Along a block those differences can move values across FP4 rounding edges: whether one does
+depends on the machine, and then a sample measures 45 dB or more. Where none crosses one this
+measures 140 dB; a constant rounded to bf16 by mistake once cost 100 dB of them. So one of some
+samples has to be exact, and none far off."""
 
 
 def formats_of(model: Flux, kind: str) -> dict[str, str]:
@@ -73,12 +76,16 @@ def test_linear(tmp_path: Path, name: str, kind: str) -> None:
 @pytest.mark.parametrize("name", TINY.block_names)
 def test_block(checkpoint: QuantizedCheckpoint, name: str) -> None:
     module = high_precision_block(checkpoint, name)
-    state = embedded_sample(config=checkpoint.metadata.config)
-    inputs = block_inputs(module, state)
     emulated = emulated_block(module, checkpoint.block_tensors(name))
-    outputs = run_by_name(emulated, inputs, state)
     session = session_from_onnx(onnx_path(checkpoint.path, name))
-    results = session.run(list(outputs), {key: value.numpy() for key, value in inputs.items()})
-    for expected, result in zip(outputs.values(), results, strict=True):
-        db = sqnr_db(expected, torch.from_numpy(result))
-        assert db >= MIN_BLOCK_DB, f"{name}: {db:.1f} dB, at least {MIN_BLOCK_DB} expected"
+    found = []
+    for index in range(SAMPLES):
+        state = embedded_sample(index, checkpoint.metadata.config)
+        inputs = block_inputs(module, state)
+        outputs = run_by_name(emulated, inputs, state)
+        results = session.run(list(outputs), {key: value.numpy() for key, value in inputs.items()})
+        pairs = zip(outputs.values(), results, strict=True)
+        found.append(min(sqnr_db(expected, torch.from_numpy(r)) for expected, r in pairs))
+    measured = f"{name}: {', '.join(f'{db:.1f}' for db in found)} dB"
+    assert max(found) >= EXACT_BLOCK_DB, f"{measured}, once at least {EXACT_BLOCK_DB} expected"
+    assert min(found) >= MIN_BLOCK_DB, f"{measured}, at least {MIN_BLOCK_DB} expected"
