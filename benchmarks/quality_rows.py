@@ -114,7 +114,12 @@ class Row:
     @property
     def file_name(self) -> str:
         """The name without blanks and commas."""
-        return self.name.replace(", ", "-").replace(" ", "-")
+        return file_name(self.name)
+
+
+def file_name(name: str) -> str:
+    """Return a name without blanks and commas."""
+    return name.replace(", ", "-").replace(" ", "-")
 
 
 def recipe_row(
@@ -139,7 +144,7 @@ def recipe_row(
     name = ", ".join(parts)
 
     def make(workshop: Workshop) -> Made:
-        base = name.removesuffix(", qad").replace(", ", "-").replace(" ", "-")
+        base = file_name(name.removesuffix(", qad"))
         started = time.monotonic()
         checkpoint = workshop.quantize(base, options)
         if distilled:

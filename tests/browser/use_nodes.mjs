@@ -27,7 +27,14 @@ async function watch(page) {
   })
 }
 
-// With it, the text that stands on each node in the end.
+async function queue(page, prompt, name) {
+  await openFrontend(page, url)
+  await loadPrompt(page, prompt, name)
+  await watch(page)
+  await page.getByTestId('queue-button').click()
+}
+
+// What was collected, and the text that stands on each node in the end.
 async function seen(page) {
   return page.evaluate(() => {
     const text = (node) => node.widgets?.find((w) => w.name === '$$node-text-preview')?.value
@@ -58,10 +65,7 @@ async function ended(page) {
 }
 
 async function run(page) {
-  await openFrontend(page, url)
-  await loadPrompt(page, cases.run, 'run')
-  await watch(page)
-  await page.getByTestId('queue-button').click()
+  await queue(page, cases.run, 'run')
   await lookAt(page, cases.waitFor)
   await started(page, cases.waitFor)
   await shot(page, 'use_progress')
@@ -71,10 +75,7 @@ async function run(page) {
 }
 
 async function cancel(page) {
-  await openFrontend(page, url)
-  await loadPrompt(page, cases.cancel, 'cancel')
-  await watch(page)
-  await page.getByTestId('queue-button').click()
+  await queue(page, cases.cancel, 'cancel')
   await started(page, cases.waitFor)
   const before = Date.now()
   await page.getByRole('button', { name: 'Cancel current run' }).first().click()
@@ -82,8 +83,7 @@ async function cancel(page) {
   const seconds = (Date.now() - before) / 1000
   await lookAt(page, cases.waitFor)
   await shot(page, 'use_cancelled')
-  const found = await seen(page)
-  return { ...found, seconds }
+  return { ...(await seen(page)), seconds }
 }
 
 async function help(page) {

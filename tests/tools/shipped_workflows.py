@@ -19,9 +19,11 @@ from small_model_files import link_models
 from workflow_editing import canny, controlnet_union, depth, fill_inpaint, kontext_edit
 from workflow_parts import (
     CALIBRATION_PROMPT,
+    ENGINE,
     FRAMES,
     PROMPT,
-    TARGET,
+    SEED,
+    Loaded,
     begin,
     below,
     calibrate,
@@ -35,7 +37,6 @@ from workflow_parts import (
 from workflow_sheet import Output, Sheet
 
 DEV = "flux1-dev.safetensors"
-ENGINE = f"flux1-dev-nvfp4/{TARGET}"
 LORA_TRIGGER = "my trigger word, "
 
 
@@ -82,7 +83,7 @@ def svdquant(sheet: Sheet) -> None:
     model = engine_from(
         sheet, DEV, samples, "2  SVDQuant engine (once)", recipe="nvfp4-svdquant-r32"
     )
-    _sample(sheet, loaded_model=model, prefix="flux_fp4_svdquant", loaded=loaded)
+    _sample(sheet, loaded, model, "flux_fp4_svdquant")
 
 
 def load_engine(sheet: Sheet) -> None:
@@ -119,7 +120,7 @@ def low_vram(sheet: Sheet) -> None:
         modulation_memory="main memory",
         engine_memory=3.0,
     )
-    _sample(sheet, loaded_model=model, prefix="flux_fp4_low_vram", loaded=loaded)
+    _sample(sheet, loaded, model, "flux_fp4_low_vram")
 
 
 def schnell(sheet: Sheet) -> None:
@@ -149,7 +150,7 @@ def compare(sheet: Sheet) -> None:
             tested=tested,
             positive=conditioning,
             latent=latent["LATENT"],
-            seed=7,
+            seed=SEED,
             sampler_name="euler",
         )
         next_to(compared).put("PreviewAny", "Errors by step", source=drawn["report"])
@@ -191,11 +192,11 @@ def batch_build(sheet: Sheet) -> None:
             next_to(column).put("FluxFP4Inspect", "Quality", checkpoint=built["engine"])
 
 
-def _sample(sheet: Sheet, loaded: Any, loaded_model: Output, prefix: str) -> None:
+def _sample(sheet: Sheet, loaded: Loaded, model: Output, prefix: str) -> None:
     with sheet.frame("3  Sample", "sample"):
         column = sheet.column(FRAMES, below(sheet))
         conditioning = text(column, loaded, PROMPT)
-        custom_sampler(next_to(column), loaded, loaded_model, conditioning, prefix)
+        custom_sampler(next_to(column), loaded, model, conditioning, prefix)
 
 
 WORKFLOWS: Mapping[str, Callable[[Sheet], None]] = {

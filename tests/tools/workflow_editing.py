@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import workflow_notes as notes
 from workflow_parts import (
+    ENGINE,
     FRAMES,
     Loaded,
     begin,
@@ -16,7 +17,7 @@ from workflow_parts import (
     simple_sampler,
     text,
 )
-from workflow_sheet import Output, Sheet
+from workflow_sheet import Column, Node, Output, Sheet
 
 FILL_GUIDANCE, CANNY_GUIDANCE, DEPTH_GUIDANCE = 30.0, 30.0, 10.0
 """Black Forest Labs' own, as in ComfyUI's templates."""
@@ -59,15 +60,7 @@ def fill_inpaint(sheet: Sheet) -> None:
             column, loaded, "A wooden boat", "What is under the mask", FILL_GUIDANCE
         )
         column = next_to(column)
-        masked = column.put(
-            "InpaintModelConditioning",
-            positive=conditioning,
-            negative=conditioning,
-            vae=loaded.vae,
-            pixels=shown["IMAGE"],
-            mask=shown["MASK"],
-            noise_mask=False,
-        )
+        masked = _masked(column, loaded, conditioning, conditioning, shown)
         latent = column.put("VAEEncode", pixels=shown["IMAGE"], vae=loaded.vae)["LATENT"]
         column = next_to(column)
         samples = column.put(
@@ -83,21 +76,12 @@ def fill_inpaint(sheet: Sheet) -> None:
         conditioning = text(column, loaded, "A lighthouse", "What to paint", FILL_GUIDANCE)
         nothing = column.put("ConditioningZeroOut", conditioning=conditioning)["CONDITIONING"]
         column = next_to(column)
-        masked = column.put(
-            "InpaintModelConditioning",
-            positive=conditioning,
-            negative=nothing,
-            vae=loaded.vae,
-            pixels=shown["IMAGE"],
-            mask=shown["MASK"],
-            noise_mask=False,
-        )
+        masked = _masked(column, loaded, conditioning, nothing, shown)
         simple_sampler(
             next_to(column),
             loaded,
             model,
-            masked["positive"],
-            masked["negative"],
+            masked,
             masked["latent"],
             "flux_fp4_fill",
         )
@@ -113,10 +97,10 @@ def canny(sheet: Sheet) -> None:
         column = sheet.column(FRAMES, below(sheet))
         picture = column.put("LoadImage", "Picture", image="example.png")["IMAGE"]
         column = next_to(column)
-        edges = column.put("Canny", image=picture, low_threshold=0.15, high_threshold=0.3)["IMAGE"]
+        edges = _edges(column, picture)
         column.put("PreviewImage", "Edges", (300, 260), images=edges)
         column = next_to(column)
-        _follow(sheet, column, loaded, model, edges, CANNY_GUIDANCE, "flux_fp4_canny")
+        _follow(column, loaded, model, edges, CANNY_GUIDANCE, "flux_fp4_canny")
 
 
 def depth(sheet: Sheet) -> None:
@@ -129,7 +113,7 @@ def depth(sheet: Sheet) -> None:
         column = sheet.column(FRAMES, below(sheet))
         shown = column.put("LoadImage", "Depth map, near is white", image="example.png")["IMAGE"]
         column = next_to(column)
-        _follow(sheet, column, loaded, model, shown, DEPTH_GUIDANCE, "flux_fp4_depth")
+        _follow(column, loaded, model, shown, DEPTH_GUIDANCE, "flux_fp4_depth")
 
 
 def controlnet_union(sheet: Sheet) -> None:
@@ -137,7 +121,7 @@ def controlnet_union(sheet: Sheet) -> None:
     loaded = begin(sheet, notes.CONTROLNET, 460)
     with sheet.frame("1  Engine and ControlNet", "sample"):
         column = sheet.column(FRAMES)
-        model = column.put("FluxFP4LoadEngine", engine="flux1-dev-nvfp4/sm120")["model"]
+        model = column.put("FluxFP4LoadEngine", engine=ENGINE)["model"]
         network = column.put(
             "ControlNetLoader", control_net_name="flux-controlnet-union-pro.safetensors"
         )["CONTROL_NET"]
@@ -149,7 +133,7 @@ def controlnet_union(sheet: Sheet) -> None:
         column = sheet.column(right_of(sheet))
         picture = column.put("LoadImage", "Picture", image="example.png")["IMAGE"]
         column = next_to(column)
-        edges = column.put("Canny", image=picture, low_threshold=0.15, high_threshold=0.3)["IMAGE"]
+        edges = _edges(column, picture)
         column.put("PreviewImage", "Edges", (300, 260), images=edges)
     with sheet.frame("3  Sample", "sample"):
         column = sheet.column(FRAMES, below(sheet))
@@ -172,8 +156,7 @@ def controlnet_union(sheet: Sheet) -> None:
             next_to(column),
             loaded,
             model,
-            guided["positive"],
-            guided["negative"],
+            guided,
             latent,
             "flux_fp4_controlnet",
         )
@@ -188,19 +171,11 @@ def _calibrate_structure(sheet: Sheet, loaded: Loaded, guidance: float, edges: b
             shown = column.put("LoadImage", "Its depth map", image="example.png")["IMAGE"]
         column = next_to(column)
         if edges:
-            shown = column.put("Canny", image=picture, low_threshold=0.15, high_threshold=0.3)[
-                "IMAGE"
-            ]
+            shown = _edges(column, picture)
         prompt = "A small harbour town at sunrise, wooden boats, calm water"
         conditioning = text(column, loaded, prompt, "Calibration prompt", guidance)
         column = next_to(column)
-        joined = column.put(
-            "InstructPixToPixConditioning",
-            positive=conditioning,
-            negative=conditioning,
-            vae=loaded.vae,
-            pixels=shown,
-        )
+        joined = _joined(column, loaded, conditioning, conditioning, shown)
         latent = column.put("VAEEncode", pixels=picture, vae=loaded.vae)["LATENT"]
         column = next_to(column)
         return column.put(
@@ -208,9 +183,41 @@ def _calibrate_structure(sheet: Sheet, loaded: Loaded, guidance: float, edges: b
         )["samples"]
 
 
+def _edges(column: Column, picture: Output) -> Output:
+    """Put what finds edges; the thresholds are lower than ComfyUI's, for photographs."""
+    return column.put("Canny", image=picture, low_threshold=0.15, high_threshold=0.3)["IMAGE"]
+
+
+def _masked(
+    column: Column, loaded: Loaded, positive: Output, negative: Output, shown: Node
+) -> Node:
+    """Put what joins a picture and its mask to the latent."""
+    return column.put(
+        "InpaintModelConditioning",
+        positive=positive,
+        negative=negative,
+        vae=loaded.vae,
+        pixels=shown["IMAGE"],
+        mask=shown["MASK"],
+        noise_mask=False,
+    )
+
+
+def _joined(
+    column: Column, loaded: Loaded, positive: Output, negative: Output, pixels: Output
+) -> Node:
+    """Put what joins another picture's latent to the latent."""
+    return column.put(
+        "InstructPixToPixConditioning",
+        positive=positive,
+        negative=negative,
+        vae=loaded.vae,
+        pixels=pixels,
+    )
+
+
 def _follow(
-    sheet: Sheet,
-    column: object,
+    column: Column,
     loaded: Loaded,
     model: Output,
     shown: Output,
@@ -221,19 +228,12 @@ def _follow(
     conditioning = text(column, loaded, prompt, guidance=guidance)
     nothing = column.put("ConditioningZeroOut", conditioning=conditioning)["CONDITIONING"]
     column = next_to(column)
-    joined = column.put(
-        "InstructPixToPixConditioning",
-        positive=conditioning,
-        negative=nothing,
-        vae=loaded.vae,
-        pixels=shown,
-    )
+    joined = _joined(column, loaded, conditioning, nothing, shown)
     simple_sampler(
         next_to(column),
         loaded,
         model,
-        joined["positive"],
-        joined["negative"],
+        joined,
         joined["latent"],
         prefix,
     )

@@ -17,7 +17,8 @@ CALIBRATION_PROMPT = (
 PROMPT = (
     "A red fox sitting on a mossy stone in a misty forest, morning light, detailed fur, photograph"
 )
-TARGET = "sm120"
+ENGINE = "flux1-dev-nvfp4/sm120"
+"""What the full pipeline makes, and others load."""
 SEED = 7
 
 
@@ -126,7 +127,7 @@ def custom_sampler(
     prefix: str,
     latent: Output | None = None,
     steps: int = 20,
-) -> Node:
+) -> None:
     """Put ComfyUI's sampler for FLUX in three columns, and what stores its pictures."""
     noise = column.put("RandomNoise", noise_seed=SEED)
     sampler = column.put("KSamplerSelect", sampler_name="euler")
@@ -143,36 +144,33 @@ def custom_sampler(
         sigmas=sigmas["SIGMAS"],
         latent_image=latent,
     )
-    return _stored(drawing, loaded, drawn["output"], prefix)
+    _stored(drawing, loaded, drawn["output"], prefix)
 
 
 def simple_sampler(
     column: Column,
     loaded: Loaded,
     model: Output,
-    positive: Output,
-    negative: Output,
+    conditioned: Node,
     latent: Output,
     prefix: str,
-    steps: int = 20,
-) -> Node:
-    """Put KSampler at CFG 1, and what stores its pictures."""
+) -> None:
+    """Put KSampler at CFG 1 behind a node that gives both conditionings, and what stores it."""
     drawn = column.put(
         "KSampler",
         model=model,
-        positive=positive,
-        negative=negative,
+        positive=conditioned["positive"],
+        negative=conditioned["negative"],
         latent_image=latent,
         seed=SEED,
-        steps=steps,
+        steps=20,
         cfg=1.0,
         sampler_name="euler",
         scheduler="simple",
     )
-    return _stored(column, loaded, drawn["LATENT"], prefix)
+    _stored(column, loaded, drawn["LATENT"], prefix)
 
 
-def _stored(column: Column, loaded: Loaded, latent: Output, prefix: str) -> Node:
+def _stored(column: Column, loaded: Loaded, latent: Output, prefix: str) -> None:
     decoded = column.put("VAEDecode", samples=latent, vae=loaded.vae)
     next_to(column).put("SaveImage", images=decoded["IMAGE"], filename_prefix=prefix)
-    return decoded

@@ -65,15 +65,13 @@ def modelopt_model(source: FluxSource, config: str, samples: CalibrationSet) -> 
     """
     tensor_quant.dynamic_block_quantize_op = _dynamic_block_quantize
     model = original_model(source)
-    kept = {
-        f"{block}.{part}" for block in source.config.block_names for part in block_linears(block)
-    }
-    others = [name for name, _ in model.named_modules() if name and name not in kept]
+    blocks = source.config.block_names
+    linears = {f"{block}.{part}" for block in blocks for part in block_linears(block)}
     chosen = copy.deepcopy(getattr(mtq, config))
     chosen["quant_cfg"] += [
         {"quantizer_name": f"{name}.*_quantizer", "enable": False}
-        for name in others
-        if not any(True for _ in model.get_submodule(name).children())
+        for name, module in model.named_modules()
+        if name not in linears and not list(module.children())
     ]
     with torch.no_grad():
         quantized: Flux = mtq.quantize(model, chosen, lambda model: _run(model, samples))
