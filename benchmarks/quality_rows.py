@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
@@ -128,9 +129,11 @@ def recipe_row(
     modulation: Format = "bf16",
     refinements: int = 0,
     distilled: bool = False,
+    scale_search: Literal["max", "mse"] | None = None,
 ) -> Row:
-    """Return the row of a recipe of the pack with some options."""
+    """Return the row of a recipe of the pack, with another scale search than its own if named."""
     parts = [recipe]
+    parts += [f"scales by {scale_search}"] if scale_search else []
     parts += [f"{refinements} refinements"] if refinements else []
     parts += [] if fp8_attention else ["bf16 attention"]
     parts += [] if modulation == "bf16" else [f"{modulation} modulation"]
@@ -140,6 +143,8 @@ def recipe_row(
         assert chosen.low_rank is not None
         low_rank = chosen.low_rank.model_copy(update={"refinements": refinements})
         chosen = chosen.model_copy(update={"low_rank": low_rank})
+    if scale_search:
+        chosen = chosen.model_copy(update={"scale_search": scale_search})
     options = QuantizeOptions(recipe=chosen, fp8_attention=fp8_attention, modulation=modulation)
     name = ", ".join(parts)
 
@@ -251,6 +256,16 @@ ATTENTION = (
     recipe_row("nvfp4-qat", fp8_attention=False),
     recipe_row("fp8", fp8_attention=False),
 )
+
+SCALES = (
+    recipe_row("nvfp4-awq", scale_search="max", fp8_attention=False),
+    recipe_row("nvfp4-awq", fp8_attention=False),
+    recipe_row("nvfp4-svdquant-r32", scale_search="max", fp8_attention=False),
+    recipe_row("nvfp4-svdquant-r32", fp8_attention=False),
+    recipe_row("nvfp4-qat", scale_search="max"),
+    recipe_row("nvfp4-qat"),
+)
+"""Block scales from the largest value, or searched for the least error of the weight."""
 
 MODULATION = (
     recipe_row("nvfp4-mse", modulation="fp8"),

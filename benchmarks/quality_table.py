@@ -3,9 +3,11 @@
     python benchmarks/quality_table.py [rows]   measure rows, or all, and write the page
     python benchmarks/quality_table.py --list   names of the rows
 
-Every row is measured once and kept in .cache/quality; delete its file to measure it again. The
-model is emulated in torch, block by block as plans compute. Pictures are drawn from the same noise
-for all rows; nothing of a recipe was chosen by them.
+Every row is measured once and kept in .cache/quality; delete its file to measure it again. What
+was never measured on this machine keeps the line that the page has of it.
+
+The model is emulated in torch, block by block as plans compute. Pictures are drawn from the same
+noise for all rows; nothing of a recipe was chosen by them.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ from quality_measures import (  # noqa: E402
     kernel,
     with_interval,
 )
-from quality_rows import ATTENTION, HALVES, MODULATION, OTHERS, RECIPES, Made, Row, Workshop  # noqa: E402
+from quality_rows import ATTENTION, HALVES, MODULATION, OTHERS, RECIPES, SCALES, Made, Row, Workshop  # noqa: E402
 from small_model.samples import Digits  # noqa: E402
 from small_model.sampling import original_model  # noqa: E402
 from torch import Tensor  # noqa: E402
@@ -52,6 +54,7 @@ TABLES = {
     "recipes": RECIPES,
     "halves": HALVES,
     "attention": ATTENTION,
+    "scales": SCALES,
     "modulation": MODULATION,
     "others": OTHERS,
 }
@@ -87,35 +90,40 @@ def measure(rows: Sequence[Row]) -> Tensor:
     return gauge.real_features()
 
 
-def table(rows: Sequence[Row], real: Tensor) -> Iterator[str]:
-    """Yield the lines of a table, of its rows that were measured."""
+def table(rows: Sequence[Row], real: Tensor, before: str) -> Iterator[str]:
+    """Yield the lines of a table, of its rows that were measured, now or as it was before."""
+    lines = {line.split(" | ")[0].removeprefix("| "): line for line in before.splitlines()}
     yield (
         "| | velocity | flow loss | FID | KID x 1000 | digits read | confidence | of FID's gap "
         "| of KID's gap | of confidence's gap | in plans | more operations | seconds |"
     )
     yield "|---" * 13 + "|"
-    original, baseline = (Result.load(stored(row)) for row in (ORIGINAL, BASELINE))
     for row in (ORIGINAL, *rows):
-        if not stored(row).is_file():
-            continue
-        found = Result.load(stored(row))
-        cells = [row.name, f"{found.velocity_db:.2f} dB", f"{found.loss:.4f}"]
-        cells += [
-            _plus_minus(frechet(real), [found], 3),
-            _plus_minus(kernel(real), [found], 1),
-            f"{found.read.mean():.1%}",
-            _plus_minus(confidence, [found], 3),
-        ]
-        gap = [found, baseline, original]
-        parted = row not in (ORIGINAL, BASELINE)
-        measures = (frechet(real), kernel(real), confidence)
-        cells += [_percent(closed(measure), gap) if parted else "" for measure in measures]
-        made = [f"{found.plan_bytes / 1e6:.2f} MB", f"{found.extra_operations:.1%}"]
-        made += [f"{found.seconds:.0f}"]
-        cells += made if found.plan_bytes else [""] * len(made)
-        if row is ORIGINAL:
-            cells[1] = ""
-        yield f"| {' | '.join(cells)} |"
+        if stored(row).is_file():
+            yield f"| {' | '.join(_cells(row, real))} |"
+        elif row.name in lines:
+            yield lines[row.name]
+
+
+def _cells(row: Row, real: Tensor) -> list[str]:
+    found, original, baseline = (Result.load(stored(row)) for row in (row, ORIGINAL, BASELINE))
+    cells = [row.name, f"{found.velocity_db:.2f} dB", f"{found.loss:.4f}"]
+    cells += [
+        _plus_minus(frechet(real), [found], 3),
+        _plus_minus(kernel(real), [found], 1),
+        f"{found.read.mean():.1%}",
+        _plus_minus(confidence, [found], 3),
+    ]
+    gap = [found, baseline, original]
+    parted = row not in (ORIGINAL, BASELINE)
+    measures = (frechet(real), kernel(real), confidence)
+    cells += [_percent(closed(measure), gap) if parted else "" for measure in measures]
+    made = [f"{found.plan_bytes / 1e6:.2f} MB", f"{found.extra_operations:.1%}"]
+    made += [f"{found.seconds:.0f}"]
+    cells += made if found.plan_bytes else [""] * len(made)
+    if row is ORIGINAL:
+        cells[1] = ""
+    return cells
 
 
 def _plus_minus(measure: Statistic, results: Sequence[Result], digits: int) -> str:
@@ -134,8 +142,8 @@ def write_page(real: Tensor) -> None:
     for name, rows in TABLES.items():
         start, end = f"<!-- table {name} -->\n", f"<!-- end of table {name} -->\n"
         before, rest = text.split(start)
-        after = rest.split(end)[1]
-        lines = "".join(f"{line}\n" for line in table(rows, real))
+        old, after = rest.split(end)
+        lines = "".join(f"{line}\n" for line in table(rows, real, old))
         text = f"{before}{start}{lines}{end}{after}"
     PAGE.write_text(text, encoding="utf-8")
 
@@ -149,7 +157,7 @@ def main() -> None:
         print("\n".join(row.name for row in all_rows()))
         return
     chosen = [row for row in all_rows() if not arguments.rows or row.name in arguments.rows]
-    real = measure([ORIGINAL, *chosen])
+    real = measure([ORIGINAL, BASELINE, *chosen])
     write_page(real)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from comfy_api.latest import io, ui
 
 from . import paths
+from .engine_labels import engine_labels
 from .errors import NothingShownError, RebuildError
 from .failures import told
 from .schema import CATEGORY, description
@@ -82,6 +83,7 @@ class EngineManager(io.ComfyNode):
                 io.Combo.Input(
                     "engine",
                     options=[ALL, *paths.engines()],
+                    extra_dict=engine_labels(),
                     default=ALL,
                     optional=True,
                     advanced=True,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from comfy_api.latest import io, ui
 
 from . import paths
+from .engine_labels import engine_labels
 from .failures import told
 from .fingerprint import OwnChanges, file_state
 from .schema import CATEGORY, description
@@ -99,6 +100,7 @@ class LoadEngine(io.ComfyNode):
                 io.Combo.Input(
                     "engine",
                     options=paths.engines(),
+                    extra_dict=engine_labels(),
                     tooltip="Engine in models/flux_fp4, newest first; choose one, or connect "
                     "'Build TensorRT Engine'.",
                 ),

@@ -28,14 +28,15 @@ class NodeProgress:
     def __init__(self, node_id: str) -> None:
         self.node_id = node_id
         self._phase = ""
-        self._began = time.monotonic()
+        self._first = self._last = 0.0
         self._remaining, self._shown = Remaining(), 0.0
         self._bar = comfy.utils.ProgressBar(1, node_id=node_id)
 
     def __call__(self, phase: str, done: int, total: int) -> None:
         # The bar only looks at the interrupt when it sends something, which it does rarely.
         comfy.model_management.throw_exception_if_processing_interrupted()
-        now = time.monotonic()
+        now = self._last = time.monotonic()
+        self._first = self._first or now
         left = self._remaining.seconds(now, done, total)
         if phase != self._phase or (left is not None and now - self._shown > REFRESH_S):
             self._phase, self._shown = phase, now
@@ -44,8 +45,11 @@ class NodeProgress:
         self._bar.update_absolute(done, max(total, 1))
 
     def took(self) -> str:
-        """Return a line that says how long the work took; nothing where there was none to do."""
-        seconds = time.monotonic() - self._began
+        """Return a line that says how long the work took; nothing where there was none to do.
+
+        Reading what is already there, before the first step and after the last, is not work.
+        """
+        seconds = self._last - self._first
         return f"\nmade in {duration_text(seconds)}" if seconds >= WORTH_SAYING_S else ""
 
     def show(self, text: str) -> None:

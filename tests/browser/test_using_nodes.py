@@ -13,7 +13,7 @@ from api_workflow import the_node
 from browser_runs import SCREENSHOTS, needs_browser, run_script
 from comfy_server import ComfyClient, ComfyServer
 from pack_import import ROOT
-from pipeline_runs import FULL_PIPELINE, changed, shipped, up_to
+from pipeline_runs import ENGINE, FULL_PIPELINE, changed, shipped, up_to
 from small_workflow import write_calibration_pictures
 
 pytestmark = needs_browser
@@ -82,6 +82,13 @@ def test_cancel_button_stops_the_build(report: dict[str, Any]) -> None:
     node = the_node(report["prompt"], WATCHED)
     done = [value for who, value, _ in cancelled["progress"] if who == node]
     assert 0 < max(done) < 6
+
+
+def test_picker_says_what_engines_are(report: dict[str, Any]) -> None:
+    """Of the one that was built, and of the one that was cancelled if it is offered at all."""
+    found = report["labels"]
+    assert found["value"] == ENGINE
+    assert f"{ENGINE} \u00b7 flux1-dev \u00b7 nvfp4-max \u00b7 up to date" in found["labels"]
 
 
 @pytest.mark.parametrize("node_id", OWN)

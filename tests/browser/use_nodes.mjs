@@ -2,7 +2,7 @@
 // usage: node use_nodes.mjs SERVER_URL SCREENSHOT_FOLDER CASES.json
 // CASES.json: { run: prompt, cancel: prompt, waitFor: node type whose text is waited for,
 // help: [node types], languages: [codes] }
-// Prints one JSON object: { run, cancel, help: type -> {...}, languages: code -> {...} }.
+// Prints one JSON object: { run, cancel, labels, help: type -> {...}, languages: code -> {...} }.
 import fs from 'node:fs'
 import path from 'node:path'
 import { loadPrompt, newPage, openFrontend, setSetting, startBrowser } from './frontend.mjs'
@@ -150,8 +150,29 @@ async function languages(page) {
   return report
 }
 
+// What the picker of engines shows of the engine that the first part has built.
+async function labels(page) {
+  await openFrontend(page, url)
+  const found = await page.evaluate((type) => {
+    app.graph.clear()
+    const node = LiteGraph.createNode(type)
+    app.graph.add(node)
+    node.pos = [100, 200]
+    node.size[0] = 520
+    app.canvas.ds.reset()
+    app.canvas.setDirty(true, true)
+    const picker = node.widgets.find((widget) => widget.name === 'engine')
+    const values = picker.options.values
+    const offered = typeof values === 'function' ? values() : values
+    return { value: picker.value, labels: offered.map((value) => picker.options.getOptionLabel(value)) }
+  }, 'FluxFP4LoadEngine')
+  await page.waitForTimeout(500)
+  await shot(page, 'use_labels')
+  return found
+}
+
 const report = {}
-for (const [name, part] of Object.entries({ run, cancel, help, languages })) {
+for (const [name, part] of Object.entries({ run, cancel, labels, help, languages })) {
   // A browser of its own for each: the frontend opens the workflows of its last page again.
   const browser = await startBrowser()
   report[name] = await part(await newPage(browser)).catch((error) => ({ error: String(error) }))

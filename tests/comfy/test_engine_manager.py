@@ -94,6 +94,32 @@ def test_list_shows_all_and_changes_nothing(client: ComfyClient, engine: Path) -
     assert names <= set(engine.parent.rglob("*"))
 
 
+def labels(client: ComfyClient) -> dict[str, str]:
+    info = client.get("/object_info/FluxFP4LoadEngine")["FluxFP4LoadEngine"]
+    found: dict[str, str] = info["input"]["required"]["engine"][1]["flux_fp4_labels"]
+    return found
+
+
+def test_labels_say_model_recipe_and_state(client: ComfyClient, engine: Path) -> None:
+    made = f"{ENGINE} \u00b7 flux1-dev \u00b7 nvfp4-max \u00b7 "
+    assert labels(client) == {ENGINE: f"{made}up to date"}
+    make_stale(engine)
+    assert labels(client)[ENGINE].startswith(made)
+    assert not labels(client)[ENGINE].endswith("up to date")
+    (engine.parent / f"{NAME}.safetensors").write_bytes(b"damaged")
+    assert labels(client) == {ENGINE: ENGINE}
+
+
+def test_a_label_is_no_markup(client: ComfyClient, engine: Path) -> None:
+    """Menus of the frontend read HTML, and a checkpoint of a stranger may name any model."""
+    path = engine.parent / f"{NAME}.safetensors"
+    stored = path.read_bytes()
+    assert b"flux1-dev" in stored
+    # as long as what it replaces: lengths and offsets of the file stay true
+    path.write_bytes(stored.replace(b"flux1-dev", b"<img src>"))
+    assert labels(client)[ENGINE].startswith(f"{ENGINE} \u00b7 ? \u00b7 nvfp4-max")
+
+
 def test_stale_engines_are_built_again_as_they_were(client: ComfyClient, engine: Path) -> None:
     make_stale(engine)
     for onnx in engine.parent.glob("*.onnx"):

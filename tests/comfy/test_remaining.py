@@ -90,8 +90,14 @@ def test_durations(seconds: float, text: str) -> None:
 def test_only_work_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    progress = NodeProgress("1")
-    now[0] = 100.5
+    progress = NodeProgress("")
+    monkeypatch.setattr(progress, "show", lambda text: None)
+    # digests of what is up to date
+    now[0] = 130.0
     assert progress.took() == ""
-    now[0] = 175.0
+    progress("Building double_blocks.0", 0, 57)
+    now[0] = 205.0
+    progress("", 57, 57)
+    # the engine is loaded
+    now[0] = 210.0
     assert progress.took() == "\nmade in 1 min 15 s"

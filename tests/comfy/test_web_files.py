@@ -39,3 +39,9 @@ def test_workflows_are_templates(client: ComfyClient) -> None:
 def test_template_has_a_thumbnail(client: ComfyClient, path: Any) -> None:
     url = f"/api/workflow_templates/{PACK_FOLDER}/{quote(path.stem)}.jpg"
     assert client.get_bytes(url).startswith(b"\xff\xd8")
+
+
+def test_frontend_loads_what_labels_engines(client: ComfyClient) -> None:
+    script = f"/extensions/{PACK_FOLDER}/js/engine_labels.js"
+    assert script in client.get("/extensions")
+    assert b"flux_fp4_labels" in client.get_bytes(script)
