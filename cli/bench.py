@@ -9,15 +9,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import explain
 from .errors import OptionError, OutdatedEngineError
 from .folders import existing_checkpoint, existing_engine, model_folders
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from ..quant.flux.config import FluxConfig
     from ..trt_runtime.benchmark import Baseline, CallSizes, EngineTiming, Spread
     from ..trt_runtime.engine import Engine
+    from .bench_bounds import MeasuredBound
 
 PATCH_PIXELS = 16
 """Side of the picture's part that is one token."""
@@ -27,7 +30,11 @@ BACKENDS = ("auto", "tensorrt_rtx", "tensorrt", "reference")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what the command takes."""
-    parser.add_argument("engine", help="name of an engine in --models: CHECKPOINT/TARGET")
+    parser.add_argument(
+        "engine",
+        nargs="?",
+        help="name of an engine in --models: CHECKPOINT/TARGET; --explain works without",
+    )
     parser.add_argument("--backend", default="auto", choices=BACKENDS)
     parser.add_argument("--width", type=int, default=1024, help="in pixels (default: 1024)")
     parser.add_argument("--height", type=int, default=1024, help="in pixels (default: 1024)")
@@ -40,18 +47,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--repetitions", type=int, default=10, help="passes that count (default: 10)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures there")
+    parser.add_argument("--chart", type=Path, metavar="FILE", help="also draw them there")
+    explain.add_arguments(parser)
 
 
 def run(chosen: argparse.Namespace) -> int:
-    """Measure and print."""
+    """Measure and print, or explain."""
     sizes = _sizes(chosen)
+    if chosen.explain:
+        from ..quant.roofline.work import StepSizes
+
+        return explain.explain(chosen, StepSizes(**asdict(sizes)))
+    if chosen.engine is None:
+        raise OptionError("ENGINE", "none was named, and only --explain works without")
     folders = model_folders(chosen.models)
     folder = existing_engine(folders, chosen.engine)
     checkpoint = existing_checkpoint(folders, folder.parent.name)
 
+    from ..quant.chart_style import save_chart
     from ..quant.quantized_checkpoint import QuantizedCheckpoint
+    from ..quant.roofline.subjects import checkpoint_subject
+    from ..quant.roofline.work import StepSizes
     from ..trt_runtime.benchmark import measure_engine
     from ..trt_runtime.engine import Engine
+    from .bench_bounds import measured_bound
     from .progress import CommandProgress
 
     metadata = QuantizedCheckpoint.read(checkpoint).metadata
@@ -64,8 +83,12 @@ def run(chosen: argparse.Namespace) -> int:
         timing = measure_engine(
             engine, sizes, baselines, device, chosen.warm_up, chosen.repetitions, progress
         )
-    report = _report(chosen, engine, timing, device, sizes)
-    _show(report, timing)
+    subject = checkpoint_subject(checkpoint.stem, metadata).running()
+    bound = measured_bound(subject, StepSizes(**asdict(sizes)), device)
+    report = _report(chosen, engine, timing, device, sizes, bound)
+    _show(report, timing, bound)
+    if chosen.chart is not None:
+        save_chart(_chart(report, timing, bound), chosen.chart)
     if chosen.json is not None:
         from ..trt_runtime.store import write_atomic
 
@@ -142,13 +165,12 @@ def _report(
     timing: EngineTiming,
     device: torch.device,
     sizes: CallSizes,
+    bound: MeasuredBound | None,
 ) -> dict[str, Any]:
     import torch
 
     is_cuda = device.type == "cuda"
-    kinds = {
-        kind.kind: {**asdict(kind), "ratio": kind.ratio} for kind in timing.kinds
-    }  # per-Linear figures would stand beside these
+    kinds = {kind.kind: {**asdict(kind), "ratio": kind.ratio} for kind in timing.kinds}
     return {
         "engine": chosen.engine,
         "built_with": engine.manifest.built_with,
@@ -168,10 +190,11 @@ def _report(
         **asdict(timing),
         "kinds": kinds,
         "ratio": timing.ratio,
+        "bound": bound.figures(timing) if bound else None,
     }
 
 
-def _show(report: dict[str, Any], timing: EngineTiming) -> None:
+def _show(report: dict[str, Any], timing: EngineTiming, bound: MeasuredBound | None) -> None:
     from .tables import print_table
 
     threads = f" ({report['threads']} threads)" if report["threads"] else ""
@@ -191,6 +214,23 @@ def _show(report: dict[str, Any], timing: EngineTiming) -> None:
         f"loaded in {timing.load_seconds:.2f} s; plans {report['plan_bytes'] / 1e6:,.1f} MB, "
         f"weights in memory {timing.weight_bytes / 1e6:,.1f} MB{memory}"
     )
+    if bound is not None:
+        print("\n".join(bound.lines(timing)))
+
+
+def _chart(report: dict[str, Any], timing: EngineTiming, bound: MeasuredBound | None) -> np.ndarray:
+    from ..quant.roofline.timing_chart import TimedBar, timing_chart
+
+    rows = {
+        f"{kind.kind} block": [
+            TimedBar(f"engine, {report['backend']}", **asdict(kind.engine)),
+            TimedBar("bf16 in PyTorch", **asdict(kind.baseline)),
+        ]
+        for kind in timing.kinds
+    }
+    least = {f"{kind} block": seconds for kind, seconds in bound.kinds.items()} if bound else {}
+    title = f"{report['engine']} ({report['recipe']}) on {report['device']}"
+    return timing_chart(title, rows, least)
 
 
 def _kind_row(kind: Any) -> tuple[str, ...]:

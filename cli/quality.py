@@ -143,7 +143,7 @@ def _print(report: QualityReport, markdown: bool) -> None:
 
 
 def _save(file: Path, pixels: np.ndarray) -> None:
-    from ..quant.quality.charts import save_chart
+    from ..quant.chart_style import save_chart
 
     try:
         save_chart(pixels, file)

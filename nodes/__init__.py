@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .all_in_one import EngineFromCheckpoint
+from .benchmark import Benchmark
 from .build import BuildEngine
 from .calibration import CalibrationSamples
 from .compare_images import CompareImages
@@ -17,6 +18,7 @@ from .native import SaveNative
 from .paths import register_model_folder
 from .preflight import Preflight
 from .quantize import Quantize, QuantizeModel
+from .speed_limit import SpeedLimit
 
 
 class FluxFP4Extension(ComfyExtension):
@@ -38,6 +40,8 @@ class FluxFP4Extension(ComfyExtension):
             Inspect,
             CompareModels,
             CompareImages,
+            SpeedLimit,
+            Benchmark,
             SaveNative,
             EngineManager,
         ]

@@ -323,3 +323,18 @@ class SamplerNotComparableError(NodeError):
             f"model {tested} times; models are compared step by step. Choose a sampler that is not "
             "adaptive, such as 'euler'."
         )
+
+
+class NoGpuError(NodeError):
+    """This machine has no GPU whose limits could be shown.
+
+    Attributes:
+        device: Where ComfyUI computes.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        super().__init__(
+            f"ComfyUI computes on '{device}' here, and limits are those of CUDA GPUs. Choose a GPU "
+            "by name in 'GPU'."
+        )

@@ -55,7 +55,7 @@ class Sampling:
         watched = model.clone()
         watched.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "flux_fp4_compare", record)
         sampler = comfy.samplers.sampler_object(self.sampler_name)
-        return self._sample(watched, sampler, step_done), points
+        return self.sample(watched, sampler, step_done), points
 
     def predictions_at(
         self, model: ModelPatcher, points: Sequence[Point], step_done: StepDone
@@ -78,10 +78,11 @@ class Sampling:
                 step_done()
             return noise
 
-        self._sample(model, comfy.samplers.KSAMPLER(visit), lambda: None)
+        self.sample(model, comfy.samplers.KSAMPLER(visit), lambda: None)
         return found
 
-    def _sample(self, model: ModelPatcher, sampler: Any, step_done: StepDone) -> Tensor:
+    def sample(self, model: ModelPatcher, sampler: Any, step_done: StepDone) -> Tensor:
+        """Sample with a sampler object; return the final latents."""
         start = comfy.sample.fix_empty_latent_channels(
             model,
             self.latent["samples"],

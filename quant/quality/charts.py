@@ -1,47 +1,21 @@
-"""Charts as pixels, for a node's face, a file or a page.
-
-Dark and opaque, so they read the same in ComfyUI and on a page; colours after Okabe and Ito, which
-stay apart for colour-blind eyes. matplotlib's object-oriented interface only: pyplot's state is
-shared with every other pack of the process.
-"""
+"""Charts of quality as pixels, for a node's face, a file or a page."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..chart_style import BACKGROUND, BLUE, ORANGE, TEXT, YELLOW, new_figure, pixels_of, styled
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
     from ..quantized_checkpoint import QuantizedMetadata
     from .trajectory import TrajectoryReport
 
-_BACKGROUND, _TEXT, _GRID = "#1e1e1e", "#e8e8e8", "#555555"
-_BLUE, _ORANGE, _YELLOW = "#56B4E9", "#E69F00", "#F0E442"
-
-_STYLE: dict[Any, Any] = {
-    "figure.facecolor": _BACKGROUND,
-    "axes.facecolor": _BACKGROUND,
-    "axes.edgecolor": _GRID,
-    "axes.labelcolor": _TEXT,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "grid.color": _GRID,
-    "grid.linewidth": 0.6,
-    "text.color": _TEXT,
-    "xtick.color": _TEXT,
-    "ytick.color": _TEXT,
-    "legend.facecolor": _BACKGROUND,
-    "legend.edgecolor": _GRID,
-    "font.size": 12,
-}
-_DPI = 100
 _EXACT_DB = 200.0
 """Headers write this where there is no error, see ``summary``."""
 
@@ -54,8 +28,8 @@ def sqnr_chart(metadata: QuantizedMetadata, name: str) -> np.ndarray:
     """
     blocks = [block.name for block in metadata.blocks]
     width = min(22.0, max(10.0, 2.5 + 0.32 * len(blocks)))
-    with _styled():
-        figure = _figure(width, 6)
+    with styled():
+        figure = new_figure(width, 6)
         axes = figure.subplots()
         _block_bars(axes, metadata)
         _linear_points(axes, metadata, blocks)
@@ -64,7 +38,7 @@ def sqnr_chart(metadata: QuantizedMetadata, name: str) -> np.ndarray:
         axes.set_ylabel("SQNR (dB), higher is better")
         figure.suptitle(f"{name}: output of Linears, and what blocks add to their input")
         figure.legend(loc="outside lower center", ncols=3 if len(blocks) < 20 else 5)
-        return _pixels(figure)
+        return pixels_of(figure)
 
 
 def trajectory_chart(report: TrajectoryReport) -> np.ndarray:
@@ -78,14 +52,14 @@ def trajectory_chart(report: TrajectoryReport) -> np.ndarray:
     numbers = range(1, len(report.steps) + 1)
     lines = {
         "velocity, both models at the same x_t": (
-            [step.velocity_sqnr_db for step in report.steps], _BLUE, "o",
+            [step.velocity_sqnr_db for step in report.steps], BLUE, "o",
         ),
         "x_t, each model on its own trajectory": (
-            [step.drift_sqnr_db for step in report.steps], _ORANGE, "s",
+            [step.drift_sqnr_db for step in report.steps], ORANGE, "s",
         ),
     }  # fmt: skip
-    with _styled():
-        figure = _figure(10, 5)
+    with styled():
+        figure = new_figure(10, 5)
         axes = figure.subplots()
         for label, (values, colour, marker) in lines.items():
             finite = [value if math.isfinite(value) else math.nan for value in values]
@@ -102,7 +76,7 @@ def trajectory_chart(report: TrajectoryReport) -> np.ndarray:
         sigma.set_xticks([i + 1 for i in shown], [f"{report.steps[i].sigma:.2f}" for i in shown])
         sigma.set_xlabel("sigma")
         figure.legend(loc="outside lower center", ncols=2)
-        return _pixels(figure)
+        return pixels_of(figure)
 
 
 def picture_grid(
@@ -121,8 +95,8 @@ def picture_grid(
     # One scale for all rows; the few largest values must not turn the rest black.
     peak = max(1 / 255, max(float(np.percentile(d, 99.9)) for d in differences))
     height, width = rows[0][1].shape[:2]
-    with _styled():
-        figure = _figure(12, min(40.0, len(rows) * (3.5 * height / width + 0.45) + 0.6))
+    with styled():
+        figure = new_figure(12, min(40.0, len(rows) * (3.5 * height / width + 0.45) + 0.6))
         grid: Any = figure.subplots(len(rows), 3, squeeze=False)
         for axes, (caption, first, second), difference in zip(grid, rows, differences, strict=True):
             for place, picture in zip(axes, (first, second), strict=False):
@@ -138,33 +112,26 @@ def picture_grid(
             place.set_title(f"{title}\n{shown}" if shown else f"{title}\n", fontsize=12)
         bar = figure.colorbar(heat, ax=grid[:, 2].tolist(), shrink=0.9, extend="max")
         bar.set_label("mean of channels, 1 = full range", fontsize=11)
-        return _pixels(figure)
-
-
-def save_chart(pixels: np.ndarray, file: Path) -> None:
-    """Write a chart; the file's suffix chooses the format."""
-    from PIL import Image
-
-    Image.fromarray(pixels).save(file)
+        return pixels_of(figure)
 
 
 def _block_bars(axes: Axes, metadata: QuantizedMetadata) -> None:
     values = [block.update_sqnr_db for block in metadata.blocks]
     drawn = [0.0 if value >= _EXACT_DB else value for value in values]
     worst = set(_worst(values))
-    colours = [_ORANGE if index in worst else _BLUE for index in range(len(values))]
+    colours = [ORANGE if index in worst else BLUE for index in range(len(values))]
     axes.bar(range(len(values)), drawn, color=colours, width=0.75, alpha=0.75)
     # proxies: a legend entry of a bar container takes the colour of its first bar
-    axes.bar([0], [0], color=_BLUE, label="block")
+    axes.bar([0], [0], color=BLUE, label="block")
     if worst:
-        axes.bar([0], [0], color=_ORANGE, label="worst tenth of the blocks")
+        axes.bar([0], [0], color=ORANGE, label="worst tenth of the blocks")
     for index, value in enumerate(values):
         if value >= _EXACT_DB:
             axes.text(index, 0.5, "exact", rotation=90, ha="center", va="bottom")
 
 
 def _linear_points(axes: Axes, metadata: QuantizedMetadata, blocks: list[str]) -> None:
-    styles = {"nvfp4": ("o", _TEXT, "Linear in NVFP4"), "fp8": ("^", _YELLOW, "Linear in FP8")}
+    styles = {"nvfp4": ("o", TEXT, "Linear in NVFP4"), "fp8": ("^", YELLOW, "Linear in FP8")}
     linears = [x for x in metadata.linears if x.output_sqnr_db < _EXACT_DB]
     places = [blocks.index(".".join(linear.name.split(".")[:2])) for linear in linears]
     for format_, (marker, colour, label) in styles.items():
@@ -173,13 +140,13 @@ def _linear_points(axes: Axes, metadata: QuantizedMetadata, blocks: list[str]) -
             axes.scatter(
                 [places[i] for i in chosen],
                 [linears[i].output_sqnr_db for i in chosen],
-                marker=marker, s=32, color=colour, edgecolors=_BACKGROUND, label=label, zorder=3,
+                marker=marker, s=32, color=colour, edgecolors=BACKGROUND, label=label, zorder=3,
             )  # fmt: skip
     if linears:
         worst = min(range(len(linears)), key=lambda index: linears[index].output_sqnr_db)
         axes.scatter(
             [places[worst]], [linears[worst].output_sqnr_db],
-            marker="o", s=160, facecolors="none", edgecolors=_ORANGE, linewidths=2, zorder=4,
+            marker="o", s=160, facecolors="none", edgecolors=ORANGE, linewidths=2, zorder=4,
             label=f"worst Linear: {linears[worst].name}, {linears[worst].output_sqnr_db:.1f} dB",
         )  # fmt: skip
 
@@ -194,23 +161,3 @@ def _worst(values: Sequence[float]) -> list[int]:
 def _short(block: str) -> str:
     kind, _, number = block.partition("_blocks.")
     return f"{kind} {number}"
-
-
-def _styled() -> Any:
-    from matplotlib import rc_context
-
-    return rc_context(_STYLE)
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
-
-
-def _pixels(figure: Figure) -> np.ndarray:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    canvas: Any = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.array(canvas.buffer_rgba())[..., :3].copy()

@@ -30,7 +30,7 @@ async def schemas():
     await extension.on_load()
     return [node.GET_NODE_INFO_V1() for node in await extension.get_node_list()]
 
-assert len(asyncio.run(schemas())) == 13
+assert len(asyncio.run(schemas())) == 15
 print("LOADED", *{{name.partition(".")[0] for name in set(sys.modules) - before}})
 """
 

@@ -307,7 +307,7 @@ def test_texts_name_only_nodes_of_comfyui_that_exist(object_info: dict[str, Any]
 
 def test_texts_name_only_nodes_that_exist(object_info: dict[str, Any]) -> None:
     own = {info["display_name"] for name, info in object_info.items() if "FluxFP4" in name}
-    assert len(own) == 13
+    assert len(own) == 15
     sources = [
         p for folder in ("nodes", "quant", "trt_runtime") for p in (ROOT / folder).rglob("*.py")
     ]

@@ -14,6 +14,7 @@ from pack_import import ROOT
 
 GOLDEN = ROOT / "tests" / "golden" / "object_info.json"
 NODE_IDS = {
+    "FluxFP4Benchmark",
     "FluxFP4BuildEngine",
     "FluxFP4CalibrationSamples",
     "FluxFP4EngineFromCheckpoint",
@@ -27,6 +28,7 @@ NODE_IDS = {
     "FluxFP4Quantize",
     "FluxFP4QuantizeModel",
     "FluxFP4SaveNative",
+    "FluxFP4SpeedLimit",
 }
 
 

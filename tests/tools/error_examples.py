@@ -10,7 +10,16 @@ from pathlib import Path
 from types import ModuleType
 
 from flux_fp4.cli import errors as cli
-from flux_fp4.quant.errors import calibration, export, files, quality, recipes, sources, training
+from flux_fp4.quant.errors import (
+    calibration,
+    export,
+    files,
+    quality,
+    recipes,
+    sources,
+    speed,
+    training,
+)
 from flux_fp4.quant.errors.calibration import OTHER_SAMPLES
 from flux_fp4.trt_runtime.errors import BUILD_NODE, backend, blocks, build, engine, run, storage
 from pack_import import ROOT
@@ -51,6 +60,10 @@ QUANT: tuple[Exception, ...] = (
     calibration.StatisticsMissingError(CHECKPOINT, "double_blocks.7"),
     recipes.RecipeError("mine.yaml", "its name is 'other', not 'mine'"),
     recipes.FormatBudgetError("the smallest weights take 6.012 GiB", "5.000 GiB are allowed"),
+    speed.UnknownGpuError(
+        "NVIDIA GeForce RTX 3090", ["GeForce RTX 5090", "GeForce RTX 5080", "GeForce RTX 4090"]
+    ),
+    speed.FormatNotInGpuError("GeForce RTX 4090", "nvfp4", ["FP8", "BF16"]),
     files.QuantizedCheckpointError(CHECKPOINT, "its header has no 'flux_fp4' entry"),
     files.CheckpointBusyError(f"{CHECKPOINT}.safetensors"),
     files.DiskFullError(f"{CHECKPOINT}.safetensors", 12_300_000_000, 850_000_000),
@@ -194,6 +207,7 @@ NODES: tuple[Exception, ...] = (
     nodes.PackageMissingError("modelopt", "No module named 'modelopt'"),
     nodes.SamplerNotComparableError("dpm_adaptive", 31, 28),
     nodes.FileAccessError("models/flux_fp4/flux1-dev-nvfp4", "Permission denied"),
+    nodes.NoGpuError("cpu"),
 )
 
 CLI: tuple[Exception, ...] = (

@@ -5,7 +5,7 @@ Usage: python tests/tools/overview_diagram.py
 
 from __future__ import annotations
 
-from help_diagrams import Drawing
+from diagram import Drawing
 from pack_import import ROOT
 
 FILE = ROOT / "docs" / "overview.svg"

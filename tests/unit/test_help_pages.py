@@ -8,7 +8,8 @@ from xml.etree import ElementTree
 
 import help_diagrams
 import pytest
-from help_diagrams import COLOURS, LINE, ORANGE, PAGES, TEXT, WHITE
+from diagram import COLOURS, LINE, ORANGE, TEXT, WHITE
+from help_diagrams import PAGES
 from overview_diagram import FILE, overview
 from pack_import import ROOT
 

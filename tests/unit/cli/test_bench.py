@@ -14,6 +14,7 @@ from flux_fp4.quant.flux.config import FluxConfig
 from flux_fp4.quant.onnx_export import export_blocks
 from flux_fp4.trt_runtime.builder import build_engine
 from flux_fp4.trt_runtime.targets import build_spec
+from PIL import Image
 from quantize_tiny import quantize, with_recipe
 from tiny_flux import TINY, TINY_FLUX2, ignore_progress, random_flux, random_samples, save_flux
 
@@ -44,8 +45,8 @@ def bench(models: Path, *arguments: object) -> tuple[int, str, str]:
 
 
 def test_figures_of_every_kind_and_of_all_blocks(built: Path, tmp_path: Path) -> None:
-    file = tmp_path / "figures.json"
-    code, _, errors = bench(built, *SMALL, "--warm-up", "2", "--json", file)
+    file, picture = tmp_path / "figures.json", tmp_path / "chart.png"
+    code, _, errors = bench(built, *SMALL, "--warm-up", "2", "--json", file, "--chart", picture)
     assert code == 0, errors
     report = json.loads(file.read_text())
     assert (report["backend"], report["device"][:3]) == ("reference", "CPU")
@@ -70,6 +71,9 @@ def test_figures_of_every_kind_and_of_all_blocks(built: Path, tmp_path: Path) ->
         path.stat().st_size for path in (built / "tiny" / "sm120").glob("*.plan")
     )
     assert report["device_bytes"] is None
+    assert report["bound"] is None
+    with Image.open(picture) as chart:
+        assert chart.size == (1000, 440)
 
 
 def test_text_says_what_ran_where(built: Path) -> None:

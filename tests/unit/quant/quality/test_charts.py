@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flux_fp4.quant.chart_style import save_chart
 from flux_fp4.quant.quality import charts
 from flux_fp4.quant.quality.grids import worst_pairs
 from flux_fp4.quant.quality.pictures import BatchPictures
@@ -22,13 +23,13 @@ from quality_pictures import picture_batch
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Keep the figures that are drawn."""
     drawn: list[Any] = []
-    pixels = charts._pixels
+    pixels = charts.pixels_of
 
     def keep(figure: Any) -> np.ndarray:
         drawn.append(figure)
         return pixels(figure)
 
-    monkeypatch.setattr(charts, "_pixels", keep)
+    monkeypatch.setattr(charts, "pixels_of", keep)
     return drawn
 
 
@@ -95,7 +96,7 @@ def test_grid_shows_the_difference_on_one_scale(figures: list[Any], tmp_path: Pa
     assert heats[0].get_array()[7, 7] == pytest.approx(0.2)
     assert not heats[1].get_array().any()
     assert heats[0].get_clim() == heats[1].get_clim() == (0, pytest.approx(0.2))
-    charts.save_chart(pixels, tmp_path / "grid.png")
+    save_chart(pixels, tmp_path / "grid.png")
     assert np.array_equal(np.asarray(Image.open(tmp_path / "grid.png")), pixels)
 
 
