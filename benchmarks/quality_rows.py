@@ -65,16 +65,18 @@ class Workshop:
     def __init__(self, source: FluxSource, digits: Digits, folder: Path) -> None:
         self.source, self.digits, self.folder = source, digits, folder
 
-    def samples(self) -> CalibrationSet:
+    def samples(self, pictures: range = CALIBRATION) -> CalibrationSet:
         """Return what recipes see."""
-        return self.digits.samples(CALIBRATION, seed=0, text_tokens=TEXT_TOKENS)
+        return self.digits.samples(pictures, seed=0, text_tokens=TEXT_TOKENS)
 
-    def quantize(self, name: str, options: QuantizeOptions) -> QuantizedCheckpoint:
+    def quantize(
+        self, name: str, options: QuantizeOptions, pictures: range = CALIBRATION
+    ) -> QuantizedCheckpoint:
         """Quantize as a user would; what an earlier row calibrated is used again."""
         return quantize_checkpoint(
             self.source,
             self.folder / name / f"{name}.safetensors",
-            self.samples(),
+            self.samples(pictures),
             options,
             self.folder / "statistics",
             lambda phase, done, total: None,
@@ -130,19 +132,27 @@ def recipe_row(
     refinements: int = 0,
     distilled: bool = False,
     scale_search: Literal["max", "mse"] | None = None,
+    steps: int = 0,
+    pictures: range = CALIBRATION,
 ) -> Row:
-    """Return the row of a recipe of the pack, with another scale search than its own if named."""
+    """Return the row of a recipe of the pack; what is named here is not as the recipe has it."""
     parts = [recipe]
     parts += [f"scales by {scale_search}"] if scale_search else []
     parts += [f"{refinements} refinements"] if refinements else []
     parts += [] if fp8_attention else ["bf16 attention"]
     parts += [] if modulation == "bf16" else [f"{modulation} modulation"]
+    parts += [f"{steps} steps"] if steps else []
+    parts += [] if pictures is CALIBRATION else [f"{len(pictures)} pictures"]
     parts += ["qad"] if distilled else []
     chosen = named_recipe(recipe)
     if refinements:
         assert chosen.low_rank is not None
         low_rank = chosen.low_rank.model_copy(update={"refinements": refinements})
         chosen = chosen.model_copy(update={"low_rank": low_rank})
+    if steps:
+        assert chosen.training is not None
+        training = chosen.training.model_copy(update={"steps": steps})
+        chosen = chosen.model_copy(update={"training": training})
     if scale_search:
         chosen = chosen.model_copy(update={"scale_search": scale_search})
     options = QuantizeOptions(recipe=chosen, fp8_attention=fp8_attention, modulation=modulation)
@@ -151,7 +161,7 @@ def recipe_row(
     def make(workshop: Workshop) -> Made:
         base = file_name(name.removesuffix(", qad"))
         started = time.monotonic()
-        checkpoint = workshop.quantize(base, options)
+        checkpoint = workshop.quantize(base, options, pictures)
         if distilled:
             started = time.monotonic()
             checkpoint = workshop.distill(f"{base}-qad", checkpoint)
@@ -266,6 +276,18 @@ SCALES = (
     recipe_row("nvfp4-qat"),
 )
 """Block scales from the largest value, or searched for the least error of the weight."""
+
+MORE = range(512)
+
+TRAINING = (
+    recipe_row("nvfp4-qat"),
+    recipe_row("nvfp4-qat", steps=600),
+    recipe_row("nvfp4-qat", pictures=MORE),
+    recipe_row("nvfp4-qat", steps=600, pictures=MORE),
+    recipe_row("nvfp4-mse", distilled=True),
+    recipe_row("nvfp4-qat", distilled=True),
+)
+"""Longer training, with more pictures, and both kinds of it one after the other."""
 
 MODULATION = (
     recipe_row("nvfp4-mse", modulation="fp8"),

@@ -40,7 +40,18 @@ from quality_measures import (  # noqa: E402
     kernel,
     with_interval,
 )
-from quality_rows import ATTENTION, HALVES, MODULATION, OTHERS, RECIPES, SCALES, Made, Row, Workshop  # noqa: E402
+from quality_rows import (  # noqa: E402
+    ATTENTION,
+    HALVES,
+    MODULATION,
+    OTHERS,
+    RECIPES,
+    SCALES,
+    TRAINING,
+    Made,
+    Row,
+    Workshop,
+)
 from small_model.samples import Digits  # noqa: E402
 from small_model.sampling import original_model  # noqa: E402
 from torch import Tensor  # noqa: E402
@@ -55,6 +66,7 @@ TABLES = {
     "halves": HALVES,
     "attention": ATTENTION,
     "scales": SCALES,
+    "training": TRAINING,
     "modulation": MODULATION,
     "others": OTHERS,
 }

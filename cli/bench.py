@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import explain
+from . import bench_gemms, explain
 from .errors import OptionError, OutdatedEngineError
 from .folders import existing_checkpoint, existing_engine, model_folders
 
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "engine",
         nargs="?",
-        help="name of an engine in --models: CHECKPOINT/TARGET; --explain works without",
+        help="name of an engine in --models: CHECKPOINT/TARGET; --explain and --gemms need none",
     )
     parser.add_argument("--backend", default="auto", choices=BACKENDS)
     parser.add_argument("--width", type=int, default=1024, help="in pixels (default: 1024)")
@@ -48,18 +48,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures there")
     parser.add_argument("--chart", type=Path, metavar="FILE", help="also draw them there")
+    parser.add_argument(
+        "--gemms",
+        action="store_true",
+        help="measure the matrix products of --model in bf16, FP8 and NVFP4, without an engine",
+    )
     explain.add_arguments(parser)
 
 
 def run(chosen: argparse.Namespace) -> int:
     """Measure and print, or explain."""
+    from ..quant.roofline.work import StepSizes
+
     sizes = _sizes(chosen)
     if chosen.explain:
-        from ..quant.roofline.work import StepSizes
-
         return explain.explain(chosen, StepSizes(**asdict(sizes)))
+    if chosen.gemms:
+        return bench_gemms.measure(chosen, StepSizes(**asdict(sizes)))
     if chosen.engine is None:
-        raise OptionError("ENGINE", "none was named, and only --explain works without")
+        raise OptionError("ENGINE", "none was named; --explain and --gemms work without")
     folders = model_folders(chosen.models)
     folder = existing_engine(folders, chosen.engine)
     checkpoint = existing_checkpoint(folders, folder.parent.name)
@@ -67,7 +74,6 @@ def run(chosen: argparse.Namespace) -> int:
     from ..quant.chart_style import save_chart
     from ..quant.quantized_checkpoint import QuantizedCheckpoint
     from ..quant.roofline.subjects import checkpoint_subject
-    from ..quant.roofline.work import StepSizes
     from ..trt_runtime.benchmark import measure_engine
     from ..trt_runtime.engine import Engine
     from .bench_bounds import measured_bound

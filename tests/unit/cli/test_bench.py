@@ -9,6 +9,7 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+import torch
 from flux_fp4.cli.program import main
 from flux_fp4.quant.flux.config import FluxConfig
 from flux_fp4.quant.onnx_export import export_blocks
@@ -141,3 +142,26 @@ def test_stale_and_damaged_engines_are_refused(built: Path, tmp_path: Path) -> N
     )
     code, _, errors = bench(models, *SMALL)
     assert (code, "quantized again" in errors) == (1, True)
+
+
+def test_gemms_need_no_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    small = {"tiny": TINY}
+    monkeypatch.setattr("flux_fp4.quant.roofline.published.PUBLISHED", small)
+    file = tmp_path / "gemms.json"
+    command = ["bench", "--gemms", "--model", "tiny", *SMALL, "--warm-up", "1", "--json", str(file)]
+    with redirect_stdout(StringIO()) as output, redirect_stderr(StringIO()) as errors:
+        code = main(command)
+    assert code == 0, errors.getvalue()
+    rows = [line for line in output.getvalue().splitlines() if line.startswith(("double", "sing"))]
+    assert len(rows) == 10
+    assert "24 x 256 x 768" in rows[0]
+    assert "48 x 256 x 1792" in rows[8]
+    assert "TFLOPS" in rows[0]
+    assert "nvfp4 is not measured: " in output.getvalue()
+    report = json.loads(file.read_text())
+    assert report["gemms"][0]["gemm"]["outputs"] == 768
+    assert report["gemms"][0]["seconds"]["bf16"]["median"] > 0
+    with redirect_stderr(StringIO()) as errors:
+        assert main(["bench", "--gemms", "--model", "sdxl"]) == 1
+    assert "'sdxl' is none of tiny" in errors.getvalue()
