@@ -277,6 +277,12 @@ SCALES = (
 )
 """Block scales from the largest value, or searched for the least error of the weight."""
 
+REFINEMENTS = tuple(
+    recipe_row("nvfp4-svdquant-r32", fp8_attention=False, refinements=count)
+    for count in (0, 1, 2, 4, 8, 16)
+)
+"""How often the branch is fitted again to what rounding has left over."""
+
 MORE = range(512)
 
 TRAINING = (

@@ -46,6 +46,7 @@ from quality_rows import (  # noqa: E402
     MODULATION,
     OTHERS,
     RECIPES,
+    REFINEMENTS,
     SCALES,
     TRAINING,
     Made,
@@ -67,6 +68,7 @@ TABLES = {
     "attention": ATTENTION,
     "scales": SCALES,
     "training": TRAINING,
+    "refinements": REFINEMENTS,
     "modulation": MODULATION,
     "others": OTHERS,
 }

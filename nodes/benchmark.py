@@ -130,11 +130,13 @@ def _measured(
     rounds: int,
     progress: Any,
 ) -> dict[str, ModelTiming]:
-    from .model_timing import ModelTiming, described, timed_round
+    from .model_timing import ModelTiming, backend_of, described, timed_round
     from .trajectories import Sampling
 
     sampling = Sampling(positive, latent, SEED, steps, "euler", "simple")
-    timings = {name: ModelTiming(described(model)) for name, model in models.items()}
+    timings = {
+        name: ModelTiming(described(model), backend_of(model)) for name, model in models.items()
+    }
     total, done = rounds * steps * len(models), 0
     for number in range(rounds):
         for name, model in models.items():
@@ -198,6 +200,7 @@ def _text(
 ) -> str:
     from ..quant.quality.tables import text_table
     from ..quant.roofline.report import bound_text, milliseconds
+    from ..trt_runtime.backend import REFERENCE
 
     tested = timings["tested"].step.median
     header = ("model", "first step", "step", "half of all", f"{steps} steps", "x")
@@ -220,6 +223,11 @@ def _text(
         "",
         text_table(header, rows),
         "x: how many steps the tested model makes in one of theirs.",
+        *(
+            f"{name} runs on the slow CPU reference: its times say nothing about FP4."
+            for name, timing in timings.items()
+            if timing.backend == REFERENCE
+        ),
         "",
     ]
     if bound is None:

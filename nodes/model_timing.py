@@ -25,6 +25,7 @@ class ModelTiming:
 
     Attributes:
         name: As the report calls it.
+        backend: Of an engine; empty for other models.
         first: Seconds from queueing to the first prediction's end: loading, and kernels that are
             compiled then.
         steps: Seconds of each prediction after the first round's first one.
@@ -32,6 +33,7 @@ class ModelTiming:
     """
 
     name: str
+    backend: str
     first: float = 0.0
     steps: list[float] = field(default_factory=list)
     pictures: list[float] = field(default_factory=list)
@@ -82,12 +84,17 @@ def timed_round(
     timing.pictures.append(seconds)
 
 
+def backend_of(model: ModelPatcher) -> str:
+    """Return what runs an engine's blocks; nothing for other models."""
+    return model.model.engine.backend_name if isinstance(model, EnginePatcher) else ""
+
+
 def described(model: ModelPatcher) -> str:
     """Say what a MODEL is: an engine's name, or the model's kind, type and size."""
     size = f"{model.model_size() / 1e6:,.0f} MB"
     if isinstance(model, EnginePatcher):
         folder = model.model.engine.folder
-        return f"{folder.parent.name}/{folder.name} on {model.model.engine.backend_name}, {size}"
+        return f"{folder.parent.name}/{folder.name} on {backend_of(model)}, {size}"
     config = model.model.model_config
     dtype = str(model.model.get_dtype()).removeprefix("torch.")
     # checkpoints in one of ComfyUI's quantized layouts

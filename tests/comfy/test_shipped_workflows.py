@@ -18,7 +18,7 @@ from small_workflow import with_original_model
 from workflow_inputs import write_small_models
 
 WITHOUT_PICTURE = {"flux_fp4_batch_build"}
-WITHOUT_ORIGINAL = {"flux_fp4_compare", *WITHOUT_PICTURE}
+WITHOUT_ORIGINAL = {"flux_fp4_compare", "flux_fp4_benchmark", *WITHOUT_PICTURE}
 """Workflows that do not draw a picture of one model."""
 
 

@@ -125,7 +125,9 @@ def test_an_engine_beside_stock_comfyui(
     assert result.status == "success", result.error_message
     figures = json.loads(result.text("json"))
     assert figures["models"]["tested"]["name"].startswith(f"{ENGINE} on reference")
+    assert [timing["backend"] for timing in figures["models"].values()] == ["reference", "", ""]
     report = result.text("benchmark")
+    assert "tested runs on the slow CPU reference: its times say nothing about FP4." in report
     # a GPU would have one
     assert "No limit is shown: ComfyUI computes on 'cpu' here" in report
     checkpoint = ENGINE.partition("/")[0]

@@ -25,6 +25,7 @@ from workflow_parts import (
     SEED,
     Loaded,
     begin,
+    begin_with_text,
     below,
     calibrate,
     custom_sampler,
@@ -49,7 +50,7 @@ def full_pipeline(sheet: Sheet) -> None:
     with sheet.frame("3  Sample", "sample"):
         column = sheet.column(FRAMES, below(sheet))
         model = column.put("FluxFP4LoadEngine", engine=engine)["model"]
-        conditioning = text(column, loaded, PROMPT)
+        conditioning = text(column, loaded.clip, PROMPT)
         custom_sampler(next_to(column), loaded, model, conditioning, "flux_fp4")
 
 
@@ -72,7 +73,7 @@ def merge_lora(sheet: Sheet) -> None:
     with sheet.frame("4  Sample", "sample"):
         column = sheet.column(FRAMES, below(sheet))
         model = column.put("FluxFP4LoadEngine", engine=engine)["model"]
-        conditioning = text(column, loaded, LORA_TRIGGER + PROMPT)
+        conditioning = text(column, loaded.clip, LORA_TRIGGER + PROMPT)
         custom_sampler(next_to(column), loaded, model, conditioning, "flux_fp4_merged_lora")
 
 
@@ -91,7 +92,7 @@ def load_engine(sheet: Sheet) -> None:
     loaded = begin(sheet, notes.LOAD_ENGINE, 330)
     column = sheet.column(FRAMES)
     model = column.put("FluxFP4LoadEngine", engine=ENGINE)["model"]
-    conditioning = text(column, loaded, PROMPT)
+    conditioning = text(column, loaded.clip, PROMPT)
     custom_sampler(next_to(column), loaded, model, conditioning, "flux_fp4")
 
 
@@ -101,7 +102,7 @@ def lora(sheet: Sheet) -> None:
     column = sheet.column(FRAMES)
     engine = column.put("FluxFP4LoadEngine", engine=ENGINE)["model"]
     patched = column.put("LoraLoaderModelOnly", model=engine, lora_name="my_lora.safetensors")
-    conditioning = text(column, loaded, LORA_TRIGGER + PROMPT)
+    conditioning = text(column, loaded.clip, LORA_TRIGGER + PROMPT)
     custom_sampler(next_to(column), loaded, patched["MODEL"], conditioning, "flux_fp4_lora")
 
 
@@ -130,7 +131,7 @@ def schnell(sheet: Sheet) -> None:
     model = engine_from(sheet, "flux1-schnell.safetensors", samples, "2  Engine (once)")
     with sheet.frame("3  Sample", "sample"):
         column = sheet.column(FRAMES, below(sheet))
-        conditioning = text(column, loaded, PROMPT, guidance=None)
+        conditioning = text(column, loaded.clip, PROMPT, guidance=None)
         custom_sampler(next_to(column), loaded, model, conditioning, "flux_fp4_schnell", steps=4)
 
 
@@ -141,7 +142,7 @@ def compare(sheet: Sheet) -> None:
         column = sheet.column(FRAMES)
         reference = column.put("UNETLoader", unet_name=DEV)["MODEL"]
         tested = column.put("FluxFP4LoadEngine", engine=ENGINE)["model"]
-        conditioning = text(column, loaded, PROMPT)
+        conditioning = text(column, loaded.clip, PROMPT)
         compared = next_to(column)
         latent = compared.put("EmptySD3LatentImage", width=1024, height=1024, batch_size=2)
         drawn = compared.put(
@@ -171,6 +172,35 @@ def compare(sheet: Sheet) -> None:
         grid.put("SaveImage", images=measured["grid"], filename_prefix="flux_fp4_compare")
 
 
+def benchmark(sheet: Sheet) -> None:
+    """The engine beside its original, in time."""
+    _, clip = begin_with_text(sheet, notes.BENCHMARK, 420)
+    with sheet.frame("1  What is possible", "compare"):
+        column = sheet.column(FRAMES)
+        limit = column.put("FluxFP4SpeedLimit", gpu="GeForce RTX 5090")
+        next_to(column).put("PreviewAny", "Limit", size=(560, 360), source=limit["report"])
+    with sheet.frame("2  What is measured", "compare"):
+        column = sheet.column(FRAMES, below(sheet))
+        engine = column.put("FluxFP4LoadEngine", engine=ENGINE)["model"]
+        original = column.put("UNETLoader", "In bf16", unet_name=DEV)["MODEL"]
+        fp8 = column.put("UNETLoader", "In FP8", unet_name=DEV, weight_dtype="fp8_e4m3fn_fast")
+        measured = next_to(column)
+        conditioning = text(measured, clip, PROMPT)
+        latent = measured.put("EmptySD3LatentImage", width=1024, height=1024)
+        figures = next_to(measured)
+        taken = figures.put(
+            "FluxFP4Benchmark",
+            tested=engine,
+            positive=conditioning,
+            latent=latent["LATENT"],
+            baseline=original,
+            third=fp8["MODEL"],
+        )
+        report = next_to(figures)
+        report.put("PreviewAny", "Times", size=(560, 280), source=taken["report"])
+        report.put("SaveImage", images=taken["chart"], filename_prefix="flux_fp4_benchmark")
+
+
 def batch_build(sheet: Sheet) -> None:
     """Several checkpoints in one queue."""
     loaded = begin(sheet, notes.BATCH_BUILD, 420)
@@ -195,7 +225,7 @@ def batch_build(sheet: Sheet) -> None:
 def _sample(sheet: Sheet, loaded: Loaded, model: Output, prefix: str) -> None:
     with sheet.frame("3  Sample", "sample"):
         column = sheet.column(FRAMES, below(sheet))
-        conditioning = text(column, loaded, PROMPT)
+        conditioning = text(column, loaded.clip, PROMPT)
         custom_sampler(next_to(column), loaded, model, conditioning, prefix)
 
 
@@ -212,6 +242,7 @@ WORKFLOWS: Mapping[str, Callable[[Sheet], None]] = {
     "flux_fp4_controlnet_union": controlnet_union,
     "flux_fp4_low_vram": low_vram,
     "flux_fp4_compare": compare,
+    "flux_fp4_benchmark": benchmark,
     "flux_fp4_schnell": schnell,
     "flux_fp4_batch_build": batch_build,
 }

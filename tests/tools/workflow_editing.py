@@ -40,7 +40,7 @@ def kontext_edit(sheet: Sheet) -> None:
         wish = (
             "Make it winter: fresh snow on the ground and on the roofs, everything else unchanged"
         )
-        conditioning = text(column, loaded, wish, "What to change", guidance=2.5)
+        conditioning = text(column, loaded.clip, wish, "What to change", guidance=2.5)
         conditioning = column.put("ReferenceLatent", conditioning=conditioning, latent=latent)[
             "CONDITIONING"
         ]
@@ -73,7 +73,7 @@ def fill_inpaint(sheet: Sheet) -> None:
         column = sheet.column(FRAMES, below(sheet))
         shown = column.put("LoadImage", "Picture with a mask", image="example.png")
         column = next_to(column)
-        conditioning = text(column, loaded, "A lighthouse", "What to paint", FILL_GUIDANCE)
+        conditioning = text(column, loaded.clip, "A lighthouse", "What to paint", FILL_GUIDANCE)
         nothing = column.put("ConditioningZeroOut", conditioning=conditioning)["CONDITIONING"]
         column = next_to(column)
         masked = _masked(column, loaded, conditioning, nothing, shown)
@@ -138,7 +138,7 @@ def controlnet_union(sheet: Sheet) -> None:
     with sheet.frame("3  Sample", "sample"):
         column = sheet.column(FRAMES, below(sheet))
         prompt = "A stained glass window in a cathedral, vivid colours, sunlight shining through"
-        conditioning = text(column, loaded, prompt)
+        conditioning = text(column, loaded.clip, prompt)
         nothing = column.put("ConditioningZeroOut", conditioning=conditioning)["CONDITIONING"]
         column = next_to(column)
         guided = column.put(
@@ -173,7 +173,7 @@ def _calibrate_structure(sheet: Sheet, loaded: Loaded, guidance: float, edges: b
         if edges:
             shown = _edges(column, picture)
         prompt = "A small harbour town at sunrise, wooden boats, calm water"
-        conditioning = text(column, loaded, prompt, "Calibration prompt", guidance)
+        conditioning = text(column, loaded.clip, prompt, "Calibration prompt", guidance)
         column = next_to(column)
         joined = _joined(column, loaded, conditioning, conditioning, shown)
         latent = column.put("VAEEncode", pixels=picture, vae=loaded.vae)["LATENT"]
@@ -225,7 +225,7 @@ def _follow(
     prefix: str,
 ) -> None:
     prompt = "A mountain village under a starry sky, warm light in the windows, oil painting"
-    conditioning = text(column, loaded, prompt, guidance=guidance)
+    conditioning = text(column, loaded.clip, prompt, guidance=guidance)
     nothing = column.put("ConditioningZeroOut", conditioning=conditioning)["CONDITIONING"]
     column = next_to(column)
     joined = _joined(column, loaded, conditioning, nothing, shown)

@@ -182,3 +182,14 @@ The ControlNet runs in PyTorch, as it is; the engine takes what it adds to the b
 
 *Set Union ControlNet Type* says what the picture shows: edges here. Take it out for a ControlNet of one kind.
 """
+
+BENCHMARK = f"""# How fast it is, and how fast it could be
+
+- `models/diffusion_models/flux1-dev.safetensors`, the original
+- an engine made from it by *flux_fp4_full_pipeline*
+{_TEXTS}
+1. What a GPU could do at best, part by part: choose yours, or one that you think of buying.
+2. What the engine takes per step, beside the original in bf16 and in FP8, in turns in one run.
+
+Trust the ratios more than the times. The first step has loading and compiling in it.
+"""

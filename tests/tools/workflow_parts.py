@@ -32,6 +32,13 @@ class Loaded:
 
 def begin(sheet: Sheet, note: str, height: int) -> Loaded:
     """Put the note, and the loaders of text encoders and VAE below it."""
+    column, clip = begin_with_text(sheet, note, height)
+    vae = column.put("VAELoader", vae_name="ae.safetensors")
+    return Loaded(clip, vae["VAE"])
+
+
+def begin_with_text(sheet: Sheet, note: str, height: int) -> tuple[Column, Output]:
+    """Put the note and the loader of text encoders; return their column, and the encoders."""
     sheet.note(note, height)
     column = sheet.column(0, height + TITLE + 2 * GAP)
     clip = column.put(
@@ -40,8 +47,7 @@ def begin(sheet: Sheet, note: str, height: int) -> Loaded:
         clip_name2="t5xxl_fp16.safetensors",
         type="flux",
     )
-    vae = column.put("VAELoader", vae_name="ae.safetensors")
-    return Loaded(clip["CLIP"], vae["VAE"])
+    return column, clip["CLIP"]
 
 
 def below(sheet: Sheet) -> int:
@@ -64,10 +70,10 @@ def next_to(column: Column) -> Column:
 
 
 def text(
-    column: Column, loaded: Loaded, prompt: str, title: str = "Prompt", guidance: float | None = 3.5
+    column: Column, clip: Output, prompt: str, title: str = "Prompt", guidance: float | None = 3.5
 ) -> Output:
     """Put a prompt and its guidance; None leaves guidance out."""
-    written = column.put("CLIPTextEncode", title, clip=loaded.clip, text=prompt)["CONDITIONING"]
+    written = column.put("CLIPTextEncode", title, clip=clip, text=prompt)["CONDITIONING"]
     if guidance is None:
         return written
     return column.put("FluxGuidance", conditioning=written, guidance=guidance)["CONDITIONING"]
@@ -85,7 +91,7 @@ def calibrate(
         pictures = sheet.column(right_of(sheet))
         image = pictures.put("LoadImage", "Calibration pictures", image="example.png")
         words = next_to(pictures)
-        conditioning = text(words, loaded, prompt, "Calibration prompt", guidance)
+        conditioning = text(words, loaded.clip, prompt, "Calibration prompt", guidance)
         latent = words.put("VAEEncode", pixels=image["IMAGE"], vae=loaded.vae)["LATENT"]
         samples = next_to(words)
         made = samples.put("FluxFP4CalibrationSamples", conditioning=conditioning, latent=latent)

@@ -44,6 +44,7 @@ WIDTH = 330
 
 VIEWS = {
     "CLIPTextEncode": 100,
+    "FluxFP4Benchmark": 320,
     "FluxFP4BuildEngine": 90,
     "FluxFP4CalibrationSamples": 50,
     "FluxFP4CompareImages": 360,
@@ -54,6 +55,7 @@ VIEWS = {
     "FluxFP4LoadEngine": 70,
     "FluxFP4Quantize": 110,
     "FluxFP4QuantizeModel": 110,
+    "FluxFP4SpeedLimit": 320,
     "LoadImage": 260,
     "PreviewAny": 280,
     "PreviewImage": 280,
