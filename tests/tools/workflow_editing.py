@@ -57,7 +57,7 @@ def fill_inpaint(sheet: Sheet) -> None:
         shown = column.put("LoadImage", "Calibration picture with a mask", image="example.png")
         column = next_to(column)
         conditioning = text(
-            column, loaded, "A wooden boat", "What is under the mask", FILL_GUIDANCE
+            column, loaded.clip, "A wooden boat", "What is under the mask", FILL_GUIDANCE
         )
         column = next_to(column)
         masked = _masked(column, loaded, conditioning, conditioning, shown)
