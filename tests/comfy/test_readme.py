@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from commands import succeed
 from flux_fp4.quant.calibration_files import save_samples
 from pack_import import ROOT
 from tiny_flux import random_flux, random_samples, save_flux
@@ -44,18 +43,13 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(command: str, folder: Path) -> str:
+def run(command: str, folder: Path) -> None:
     arguments = command.replace(REPOSITORY, str(ROOT)).split()
     arguments[0] = {"python": sys.executable}.get(arguments[0], shutil.which(arguments[0]) or "")
     if arguments[1:4] == ["-m", "pip", "install"]:
         # everything is there already; on a machine without network nothing else would do
         arguments.insert(4, "--dry-run")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        arguments, cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
-    return done.stdout
+    succeed(arguments, folder, OMP_NUM_THREADS="1")
 
 
 def test_every_command_works(tree: Path) -> None:

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
+
+from commands import succeed
 
 
 def run(*command: str, folder: Path, home: Path) -> str:
     """Run a command that has to succeed, and return what it said."""
-    environment = {**os.environ, "HOME": str(home), "USERPROFILE": str(home)}
-    done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    return succeed(command, folder, HOME=str(home), USERPROFILE=str(home))
 
 
 def comfy(*arguments: str, folder: Path, home: Path) -> str:
