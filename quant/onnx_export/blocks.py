@@ -32,8 +32,8 @@ def block_model(checkpoint: QuantizedCheckpoint, block: str, variant: Variant = 
     Inputs and outputs: ``img [B, N, D]`` and ``txt [B, T, D]`` to ``img_out``, ``txt_out``
     (double), or ``x [B, S, D]`` to ``x_out`` (single); ``cos`` and ``sin``, fp32
     ``[B, S, head_dim / 2]``; modulation vectors ``[B, 1, D]`` under the names of ``contract.py``.
-    LoRA variants also have ``<linear>.lora_down [K, R]`` and ``<linear>.lora_up [R, N]``, masked
-    ones ``mask [B, 1, S, S]``.
+    LoRA variants also have ``<linear>.lora_down [K, R, 16]`` and ``<linear>.lora_up [R, 16, N]``,
+    factors of rank ``16 * R``; masked ones ``mask [B, 1, S, S]``.
 
     Args:
         checkpoint: Header of the quantized checkpoint.
