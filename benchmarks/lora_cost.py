@@ -27,6 +27,7 @@ register_pack()
 from flux_fp4.trt_runtime.adapters import LowRank, factor_shapes  # noqa: E402
 from flux_fp4.trt_runtime.build_log import layers_from_log  # noqa: E402
 from flux_fp4.trt_runtime.contract import variant_name  # noqa: E402
+from flux_fp4.trt_runtime.kernel_counts import kernel_counts  # noqa: E402
 from flux_fp4.trt_runtime.plan import PlanFactory  # noqa: E402
 from flux_fp4.trt_runtime.plan_build import block_job  # noqa: E402
 from flux_fp4.trt_runtime.reference import ReferenceExecutor  # noqa: E402
@@ -47,7 +48,7 @@ def build(path: Path, factory: PlanFactory) -> str:
     job = block_job(signature, path.with_suffix(".plan"), factory.backend, BuildSpec())
     plan = factory.build(job)
     seconds = time.monotonic() - started
-    kernels = len(layers_from_log(factory.messages))
+    kernels = sum(kernel_counts(layers_from_log(factory.messages)).values())
     activations = plan.activation_bytes / 1e6
     size = plan.bytes / 1e6
     name = signature.block

@@ -9,10 +9,7 @@ import torch
 
 from .contract import LORA_DOWN, LORA_UP, TensorSpec
 from .errors.run import AdapterError
-from .spec import MAX_LORA_RANK
-
-RANK_MULTIPLE = 16
-"""bf16 tensor cores multiply 16 at a time, so other ranks save nothing and need slower kernels."""
+from .spec import MAX_LORA_RANK, RANK_TILE
 
 
 @dataclass(frozen=True)
@@ -42,8 +39,8 @@ def factor_inputs(
 ) -> dict[str, torch.Tensor]:
     """Return what goes into the factor inputs of a block's variant.
 
-    Ranks are padded with zeros to a multiple of 16, and Linears without an adapter get factors of
-    zeros: neither changes a sum.
+    Ranks are padded with zeros to whole tiles, ``[K, R, 16]`` and ``[R, 16, N]``, and Linears
+    without an adapter get factors of zeros: neither changes a sum.
 
     Args:
         block: For errors.
@@ -63,10 +60,12 @@ def factor_inputs(
         if factors is None:
             factors = LowRank(torch.zeros(width, 1), torch.zeros(1, outputs))
         _check(block, linear, factors, width, outputs)
-        padding = -factors.rank % RANK_MULTIPLE
+        padding = -factors.rank % RANK_TILE
         pad = torch.nn.functional.pad
-        inputs[linear + LORA_DOWN] = pad(factors.down, (0, padding))
-        inputs[linear + LORA_UP] = pad(factors.up, (0, 0, 0, padding))
+        down = pad(factors.down, (0, padding))
+        up = pad(factors.up, (0, 0, 0, padding))
+        inputs[linear + LORA_DOWN] = down.unflatten(1, (-1, RANK_TILE))
+        inputs[linear + LORA_UP] = up.unflatten(0, (-1, RANK_TILE))
     return inputs
 
 
@@ -76,7 +75,7 @@ def factor_shapes(specs: Sequence[TensorSpec]) -> dict[str, tuple[int, int]]:
     linears = [n.removesuffix(LORA_DOWN) for n in by_name if n.endswith(LORA_DOWN)]
     shapes = {}
     for linear in linears:
-        (width, _), (_, outputs) = by_name[linear + LORA_DOWN], by_name[linear + LORA_UP]
+        width, outputs = by_name[linear + LORA_DOWN][0], by_name[linear + LORA_UP][-1]
         shapes[linear] = (int(width), int(outputs))
     return shapes
 

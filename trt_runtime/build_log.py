@@ -37,6 +37,8 @@ class BuiltLayer:
     constants: tuple[str, ...]
     """Data types of the weights."""
     onnx_nodes: tuple[str, ...]
+    outputs: tuple[str, ...] = ()
+    """Data types of what it writes."""
 
     @property
     def gemm_format(self) -> str:
@@ -154,6 +156,7 @@ def _layer(row: str) -> BuiltLayer | None:
         inputs=_datatypes(row, "Inputs"),
         constants=_datatypes(row, "Constants"),
         onnx_nodes=tuple(ONNX_NODE.findall(row)),
+        outputs=_datatypes(row, "Outputs"),
     )
 
 

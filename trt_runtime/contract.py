@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from .spec import RANK_AXIS
+from .spec import RANK_AXIS, RANK_TILE
 
-CONTRACT = "2"
+CONTRACT = "3"
 """Version of what a block's file says of itself."""
 
 LORA_SUFFIX, MASK_SUFFIX = ".lora", ".mask"
@@ -33,7 +33,7 @@ LINEARS = {
     "single": ("linear1", "linear2"),
 }
 LORA_DOWN, LORA_UP = ".lora_down", ".lora_up"
-"""Behind a Linear's name: the inputs ``[K, R]`` and ``[R, N]`` of a variant."""
+"""Behind a Linear's name: the inputs ``[K, R, 16]`` and ``[R, 16, N]`` of a variant."""
 
 MASK = "mask"
 """Input of masked variants, added to the attention scores."""
@@ -57,7 +57,7 @@ class TensorSpec:
     """"bf16", "fp16" or "fp32"."""
     shape: tuple[int | str, ...]
     """Numbers, or the dynamic axes B (batch), N (image tokens), T (text tokens), S (both), and
-    ``R_<linear>``, the rank of a Linear's adapters in a variant."""
+    ``R_<linear>``, the rank of a Linear's adapters in a variant, in tiles of 16."""
 
 
 def block_names(depth: int, depth_single_blocks: int) -> tuple[str, ...]:
@@ -91,12 +91,12 @@ def is_factor(name: str) -> bool:
 
 
 def has_factor_shape(spec: TensorSpec) -> bool:
-    """Tell whether a factor has its two axes; true of everything that is no factor."""
+    """Tell whether a factor has its three axes; true of everything that is no factor."""
     for part, rank_axis in ((LORA_DOWN, 1), (LORA_UP, 0)):
         if spec.name.endswith(part):
-            rank = RANK_AXIS + spec.name.removesuffix(part)
-            fits = len(spec.shape) == 2 and spec.shape[rank_axis] == rank
-            return fits and isinstance(spec.shape[1 - rank_axis], int)
+            rank = (RANK_AXIS + spec.name.removesuffix(part), RANK_TILE)
+            fits = len(spec.shape) == 3 and spec.shape[rank_axis : rank_axis + 2] == rank
+            return fits and isinstance(spec.shape[2 - 2 * rank_axis], int)
     return not any(isinstance(dim, str) and dim.startswith(RANK_AXIS) for dim in spec.shape)
 
 

@@ -12,7 +12,12 @@ from .errors.run import ShapeProfileError
 BACKENDS = ("tensorrt_rtx", "tensorrt")
 
 RANK_AXIS = "R_"
-"""Start of the name of an axis that is the rank of a Linear's adapters."""
+"""Start of the name of an axis that is the rank of a Linear's adapters, in tiles."""
+
+RANK_TILE = 16
+"""Size of the second of the two axes that make a rank. bf16 tensor cores multiply 16 at a time, so
+other ranks save nothing; and where a shape does not show the multiple, TensorRT-RTX 1.7 copies each
+factor in a kernel of its own."""
 
 FP4_TARGETS = ("sm100", "sm103", "sm120", "sm121")
 """GPU generations with NVFP4 tensor cores (Blackwell)."""
@@ -109,12 +114,13 @@ class ShapeProfile:
     def bounds(self, axis: str) -> tuple[int, int, int]:
         """Return (min, opt, max) of a dynamic axis for an optimization profile.
 
-        Axes are B, N, T, S, and ``R_<linear>`` for the rank of a Linear's adapters.
+        Axes are B, N, T, S, and ``R_<linear>`` for the rank of a Linear's adapters in
+        tiles.
         """
         if axis == "B":
             return 1, 1, self.max_batch
         if axis.startswith(RANK_AXIS):
-            return 1, OPT_LORA_RANK, MAX_LORA_RANK
+            return 1, OPT_LORA_RANK // RANK_TILE, MAX_LORA_RANK // RANK_TILE
         tokens = self.range(axis)
         return tokens.minimum, tokens.optimum, tokens.maximum
 

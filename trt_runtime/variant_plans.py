@@ -3,7 +3,7 @@
     <checkpoint>/<target>/variants.json                 blocks that take LoRA factors, a mask, both
     <checkpoint>/baked/<key>/<target>/baked.json        blocks with a LoRA in their weights
 
-A block that takes factors has about twice the kernels, so blocks without a LoRA keep the plain
+A block that takes factors has up to 1.7 times the kernels, so blocks without a LoRA keep the plain
 plan. All such plans belong to one engine: same library, targets, profile and checkpoint.
 """
 

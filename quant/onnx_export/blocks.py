@@ -7,13 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from ..emulation import SOFTMAX_SCALE
-from ..flux.config import FluxConfig
-from ..flux.layers import LAYER_NORM_EPS, RMS_NORM_EPS
+from ..flux.config import FluxConfig, block_linears
+from ..flux.layers import LAYER_NORM_EPS
 from ..quantized_checkpoint import QuantizedCheckpoint
+from .attention import Attention, Stream
 from .contract import (
     DOUBLE_MODULATION,
-    MASK,
     PLAIN,
     SINGLE_MODULATION,
     Variant,
@@ -22,6 +21,7 @@ from .contract import (
 )
 from .graph import BlockGraph
 from .linears import linear
+from .token_tiles import TokenTiles
 
 _TO_END = 2**62
 
@@ -32,8 +32,8 @@ def block_model(checkpoint: QuantizedCheckpoint, block: str, variant: Variant = 
     Inputs and outputs: ``img [B, N, D]`` and ``txt [B, T, D]`` to ``img_out``, ``txt_out``
     (double), or ``x [B, S, D]`` to ``x_out`` (single); ``cos`` and ``sin``, fp32
     ``[B, S, head_dim / 2]``; modulation vectors ``[B, 1, D]`` under the names of ``contract.py``.
-    LoRA variants also have ``<linear>.lora_down [K, R]`` and ``<linear>.lora_up [R, N]``, masked
-    ones ``mask [B, 1, S, S]``.
+    LoRA variants also have ``<linear>.lora_down [K, R, 16]`` and ``<linear>.lora_up [R, 16, N]``,
+    factors of rank ``16 * R``; masked ones ``mask [B, 1, S, S]``.
 
     Args:
         checkpoint: Header of the quantized checkpoint.
@@ -43,7 +43,9 @@ def block_model(checkpoint: QuantizedCheckpoint, block: str, variant: Variant = 
     Returns:
         The model. Its weights are external: byte ranges of the checkpoint, by its file name.
     """
-    author = _Author(BlockGraph(checkpoint, block, variant), checkpoint.metadata.config)
+    linears = (f"{block}.{linear}" for linear in block_linears(block))
+    tiled = any(checkpoint.linear_format(linear) == "nvfp4" for linear in linears)
+    author = _Author(BlockGraph(checkpoint, block, variant), checkpoint.metadata.config, tiled)
     outputs = author.double() if block_kind(block) == "double" else author.single()
     return author.graph.model(outputs, contract_metadata(checkpoint, block, variant))
 
@@ -59,48 +61,59 @@ def modulate(graph: BlockGraph, x: ir.Value, shift: ir.Value, scale: ir.Value) -
 class _Author:
     """Emits the layers of a block into a graph."""
 
-    def __init__(self, graph: BlockGraph, config: FluxConfig) -> None:
+    def __init__(self, graph: BlockGraph, config: FluxConfig, tiled: bool) -> None:
         self.graph = graph
         self.config = config
-        self.dim = config.hidden_size
-        self.head_dim = config.hidden_size // config.num_heads
+        self.tiled = tiled
+        self.dim, self.head_dim = config.hidden_size, config.head_dim
+        self.attention = Attention(graph, config)
 
     def double(self) -> dict[str, ir.Value]:
-        op, dim = self.graph.op, self.dim
         img, txt = self._tokens("img", "N"), self._tokens("txt", "T")
         cos, sin = self._rotary_inputs()
         mods = self._modulation_inputs(DOUBLE_MODULATION)
         img_mod, txt_mod = mods[:6], mods[6:]
-        img_qkv = self._qkv("img_attn", self._modulate(img, *img_mod[:2]), "N")
-        txt_qkv = self._qkv("txt_attn", self._modulate(txt, *txt_mod[:2]), "T")
-        q, k, v = (op("Concat", *pair, axis=2) for pair in zip(txt_qkv, img_qkv, strict=True))
-        attn = self._attention(q, k, v, cos, sin)
-        txt_tokens = op("Shape", txt, start=1, end=2)
-        txt_attn = op("Slice", attn, self.graph.integers(0), txt_tokens, self.graph.integers(1))
-        img_attn = op(
-            "Slice", attn, txt_tokens, self.graph.integers(_TO_END), self.graph.integers(1)
+        img_tiles, txt_tiles = self._tiles(img), self._tiles(txt)
+        img, txt = img_tiles.pad(img), txt_tiles.pad(txt)
+        img_qkv = self._linear("img_attn.qkv", self._modulate(img, *img_mod[:2]), self.dim)
+        txt_qkv = self._linear("txt_attn.qkv", self._modulate(txt, *txt_mod[:2]), self.dim)
+        streams = (
+            Stream(txt_tiles.cut(txt_qkv), "txt_attn.norm", txt_tiles.tokens),
+            Stream(img_tiles.cut(img_qkv), "img_attn.norm", img_tiles.tokens),
         )
-        img_out = self._update("img", img, img_attn, img_mod, "N")
-        txt_out = self._update("txt", txt, txt_attn, txt_mod, "T")
-        for value, tokens in ((img_out, "N"), (txt_out, "T")):
-            value.shape, value.dtype = ir.Shape(("B", tokens, dim)), self.graph.high_precision
-        return {"img_out": img_out, "txt_out": txt_out}
+        attn = self.attention.attended(streams, cos, sin)
+        begin, end, axis = (self.graph.integers(number) for number in (0, _TO_END, 2))
+        txt_attn = self.graph.op("Slice", attn, begin, txt_tiles.tokens, axis)
+        img_attn = self.graph.op("Slice", attn, txt_tiles.tokens, end, axis)
+        img = self._update("img", img, img_tiles.merged_heads(img_attn), img_mod)
+        txt = self._update("txt", txt, txt_tiles.merged_heads(txt_attn), txt_mod)
+        return {
+            "img_out": self._output(img_tiles.cut(img), "N"),
+            "txt_out": self._output(txt_tiles.cut(txt), "T"),
+        }
 
     def single(self) -> dict[str, ir.Value]:
         op, dim = self.graph.op, self.dim
         x = self._tokens("x", "S")
         cos, sin = self._rotary_inputs()
         shift, scale, gate = self._modulation_inputs(SINGLE_MODULATION)
-        hidden = self._linear("linear1", self._modulate(x, shift, scale), ("B", "S", dim))
+        tiles = self._tiles(x)
+        hidden = self._linear("linear1", self._modulate(tiles.pad(x), shift, scale), dim)
         sizes = self.graph.integers(3 * dim, self.config.mlp_in_size)
         qkv, mlp = self.graph.node("Split", (hidden, sizes), 2, axis=2)
-        q, k, v = self._split_heads(qkv, "norm")
-        attn = self._attention(q, k, v, cos, sin)
+        stream = Stream(tiles.cut(qkv), "norm", tiles.tokens)
+        attn = tiles.merged_heads(self.attention.attended([stream], cos, sin))
         hidden = op("Concat", attn, self._activation(mlp), axis=2)
-        update = self._linear("linear2", hidden, ("B", "S", dim + self.config.mlp_size))
-        x_out = op("Add", x, op("Mul", gate, update))
-        x_out.shape, x_out.dtype = ir.Shape(("B", "S", dim)), self.graph.high_precision
-        return {"x_out": x_out}
+        update = tiles.cut(self._linear("linear2", hidden, dim + self.config.mlp_size))
+        # x itself and not its padded copy, which would have to be kept along the block
+        return {"x_out": self._output(op("Add", x, op("Mul", gate, update)), "S")}
+
+    def _tiles(self, x: ir.Value) -> TokenTiles:
+        return TokenTiles(self.graph, x, self.tiled)
+
+    def _output(self, value: ir.Value, tokens: str) -> ir.Value:
+        value.shape, value.dtype = ir.Shape(("B", tokens, self.dim)), self.graph.high_precision
+        return value
 
     def _tokens(self, name: str, tokens: str) -> ir.Value:
         return self.graph.input(name, ("B", tokens, self.dim), self.graph.high_precision)
@@ -114,71 +127,11 @@ class _Author:
         shape = ("B", 1, self.dim)
         return [self.graph.input(name, shape, self.graph.high_precision) for name in names]
 
-    def _linear(self, name: str, x: ir.Value, shape: tuple[int | str, ...]) -> ir.Value:
-        return linear(self.graph, name, x, shape)
+    def _linear(self, name: str, x: ir.Value, width: int) -> ir.Value:
+        return linear(self.graph, name, x, ("B", "L", width))
 
     def _modulate(self, x: ir.Value, shift: ir.Value, scale: ir.Value) -> ir.Value:
         return modulate(self.graph, x, shift, scale)
-
-    def _qkv(self, attn: str, x: ir.Value, tokens: str) -> list[ir.Value]:
-        qkv = self._linear(f"{attn}.qkv", x, ("B", tokens, self.dim))
-        return self._split_heads(qkv, f"{attn}.norm")
-
-    def _split_heads(self, qkv: ir.Value, norm: str) -> list[ir.Value]:
-        op = self.graph.op
-        heads = self.graph.integers(0, 0, self.config.num_heads, self.head_dim)
-        # Split, not Slice: TensorRT-RTX 1.7 moves slices into the weight and loses the FP4 GEMM
-        parts = [
-            op("Transpose", op("Reshape", part, heads), perm=[0, 2, 1, 3])
-            for part in self.graph.node("Split", (qkv,), 3, axis=2, num_outputs=3)
-        ]
-        for index, which in enumerate(("query_norm", "key_norm")):
-            weight = self.graph.stored(f"{norm}.{which}.scale")
-            parts[index] = op(
-                "RMSNormalization", parts[index], weight, axis=-1, epsilon=RMS_NORM_EPS
-            )
-        return parts
-
-    def _attention(
-        self, q: ir.Value, k: ir.Value, v: ir.Value, cos: ir.Value, sin: ir.Value
-    ) -> ir.Value:
-        op = self.graph.op
-        # explicit MatMul-Softmax-MatMul with all four tensors quantized is the one form that
-        # TensorRT-RTX 1.7 fuses into an FP8 kernel; unquantized it fuses as well
-        q = self._quantized(self._rotated(q, cos, sin), "q")
-        k = self._quantized(self._rotated(k, cos, sin), "k")
-        v = self._quantized(v, "v")
-        transposed = op("Transpose", k, perm=[0, 1, 3, 2])
-        scores = op("MatMul", q, transposed, name="attention/QK")
-        if self.graph.variant.mask:
-            # TensorRT-RTX 1.7 takes it into the same fused kernel
-            mask = self.graph.input(MASK, ("B", 1, "S", "S"), self.graph.high_precision)
-            scores = op("Add", scores, mask, name="attention/Mask")
-        softmax = self._quantized(op("Softmax", scores, axis=-1, name="attention/Softmax"), None)
-        attended = op("MatMul", softmax, v, name="attention/PV")
-        attended = op("Transpose", attended, perm=[0, 2, 1, 3])
-        return op("Reshape", attended, self.graph.integers(0, 0, self.dim))
-
-    def _rotated(self, x: ir.Value, cos: ir.Value, sin: ir.Value) -> ir.Value:
-        op = self.graph.op
-        # fp32 as in ComfyUI: bf16 holds the angles of far positions to two digits only
-        rotated = op("Cast", x, to=int(ir.DataType.FLOAT))
-        rotated = op("RotaryEmbedding", rotated, cos, sin, interleaved=1)
-        rotated = op("Mul", rotated, self.graph.attention_root_scale(self.head_dim))
-        return op("Cast", rotated, to=int(self.graph.high_precision))
-
-    def _quantized(self, x: ir.Value, part: str | None) -> ir.Value:
-        if not self.graph.has("attention.q_scale"):
-            return x
-        if part is None:
-            scale = self.graph.constant("softmax_scale", SOFTMAX_SCALE)
-        else:
-            scale = self.graph.stored(f"attention.{part}_scale")
-        name = f"attention/{part or 'softmax'}"
-        quantized = self.graph.op(
-            "QuantizeLinear", x, scale, self.graph.fp8_zero(), name=f"{name}_Q"
-        )
-        return self.graph.op("DequantizeLinear", quantized, scale, name=f"{name}_DQ")
 
     def _activation(self, x: ir.Value) -> ir.Value:
         op = self.graph.op
@@ -189,15 +142,12 @@ class _Author:
         return op("Mul", op("Mul", gate, op("Sigmoid", gate)), value)
 
     def _update(
-        self, stream: str, x: ir.Value, attn: ir.Value, mods: Sequence[ir.Value], tokens: str
+        self, stream: str, x: ir.Value, attn: ir.Value, mods: Sequence[ir.Value]
     ) -> ir.Value:
-        op, dim = self.graph.op, self.dim
+        op = self.graph.op
         _, _, gate1, shift2, scale2, gate2 = mods
-        attended = self._linear(f"{stream}_attn.proj", attn, ("B", tokens, dim))
+        attended = self._linear(f"{stream}_attn.proj", attn, self.dim)
         x = op("Add", x, op("Mul", gate1, attended))
-        hidden = self._linear(
-            f"{stream}_mlp.0", self._modulate(x, shift2, scale2), ("B", tokens, dim)
-        )
-        hidden = self._activation(hidden)
-        update = self._linear(f"{stream}_mlp.2", hidden, ("B", tokens, self.config.mlp_size))
+        hidden = self._linear(f"{stream}_mlp.0", self._modulate(x, shift2, scale2), self.dim)
+        update = self._linear(f"{stream}_mlp.2", self._activation(hidden), self.config.mlp_size)
         return op("Add", x, op("Mul", gate2, update))

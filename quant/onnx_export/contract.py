@@ -11,7 +11,12 @@ from dataclasses import dataclass
 from ..flux.config import block_linears
 from ..quantized_checkpoint import QuantizedCheckpoint
 
-CONTRACT_VERSION = 2
+CONTRACT_VERSION = 3
+
+RANK_TILE = 16
+"""Directions in a tile of low-rank factors: bf16 tensor cores multiply 16 at a time. Where the
+builder cannot see in a shape that the rank is a multiple, two more kernels per Linear copy the
+factors to pad them."""
 
 DOUBLE_MODULATION = tuple(
     f"{stream}_mod{index}_{vector}"
@@ -49,17 +54,17 @@ PLAIN = Variant()
 
 
 def lora_down(linear: str) -> str:
-    """Return the name of the factor ``[K, R]`` that is applied first."""
+    """Return the name of the factor ``[K, R, RANK_TILE]`` that is applied first."""
     return f"{linear}.lora_down"
 
 
 def lora_up(linear: str) -> str:
-    """Return the name of the factor ``[R, N]`` that is applied second."""
+    """Return the name of the factor ``[R, RANK_TILE, N]`` that is applied second."""
     return f"{linear}.lora_up"
 
 
 def lora_rank_axis(linear: str) -> str:
-    """Return the name of the dynamic axis R: every Linear may have another rank."""
+    """Return the name of the dynamic axis R, in tiles: every Linear may have another rank."""
     return f"R_{linear}"
 
 

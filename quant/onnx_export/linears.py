@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from ..nvfp4 import NVFP4_BLOCK
-from .contract import lora_down, lora_rank_axis, lora_up
+from .contract import RANK_TILE, lora_down, lora_rank_axis, lora_up
 from .graph import TRT_DOMAIN, BlockGraph
 
 
@@ -147,8 +147,10 @@ def fp8_linear(graph: BlockGraph, linear: str, x: ir.Value) -> ir.Value:
 def _input_branch(graph: BlockGraph, name: str, x: ir.Value) -> ir.Value:
     outputs, inputs = graph.linear_shape(name)
     rank = lora_rank_axis(name)
-    down = graph.input(lora_down(name), (inputs, rank), graph.high_precision)
-    up = graph.input(lora_up(name), (rank, outputs), graph.high_precision)
+    down = graph.input(lora_down(name), (inputs, rank, RANK_TILE), graph.high_precision)
+    up = graph.input(lora_up(name), (rank, RANK_TILE, outputs), graph.high_precision)
+    down = graph.op("Reshape", down, graph.integers(inputs, -1))
+    up = graph.op("Reshape", up, graph.integers(-1, outputs))
     y = graph.op("MatMul", x, down, name=f"{name}/Down")
     return graph.op("MatMul", y, up, name=f"{name}/Up")
 

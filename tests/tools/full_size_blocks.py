@@ -16,7 +16,7 @@ from pack_import import register_pack
 
 register_pack()
 
-from flux_fp4.quant.flux.config import block_linears  # noqa: E402  # after register_pack
+from flux_fp4.quant.flux.config import FluxConfig, block_linears  # noqa: E402  # after register_pack
 from flux_fp4.quant.flux.model import Flux  # noqa: E402
 from flux_fp4.quant.onnx_export import export_blocks  # noqa: E402
 from flux_fp4.quant.quantized_checkpoint import is_in_plan  # noqa: E402
@@ -96,24 +96,29 @@ def linear_layout(kind: str, rows: int, columns: int) -> Layout:
     return layout
 
 
-def checkpoint_layout(kind: str) -> Layout:
+def checkpoint_layout(kind: str, config: FluxConfig, fp8_attention: bool) -> Layout:
     with torch.device("meta"):
-        shapes = {name: tuple(value.shape) for name, value in Flux(CONFIG).state_dict().items()}
+        shapes = {name: tuple(value.shape) for name, value in Flux(config).state_dict().items()}
     result: Layout = {n: (torch.bfloat16, s) for n, s in shapes.items() if is_in_plan(n)}
-    for block in CONFIG.block_names:
+    for block in config.block_names:
         for linear in block_linears(block):
             name = f"{block}.{linear}"
             own = MIXED.get(linear, "nvfp4") if kind == "mixed" else kind
             parts = linear_layout(own, *shapes[f"{name}.weight"])
             result |= {f"{name}.{part}": entry for part, entry in parts.items()}
-        for part in "qkv" if kind != "bf16" else "":
+        for part in "qkv" if fp8_attention else "":
             result[f"{block}.attention.{part}_scale"] = (torch.bfloat16, ())
     return result
 
 
-def write_checkpoint(path: Path, kind: str) -> None:
+def write_checkpoint(
+    path: Path, kind: str, config: FluxConfig = CONFIG, fp8_attention: bool | None = None
+) -> None:
+    """Write random weights; attention is in FP8 unless the Linears are in bf16 or it is said."""
+    if fp8_attention is None:
+        fp8_attention = kind != "bf16"
     generator = torch.Generator().manual_seed(0)
-    layout = checkpoint_layout(kind)
+    layout = checkpoint_layout(kind, config, fp8_attention)
     state = {}
     for name, (dtype, shape) in layout.items():
         if dtype == torch.uint8:
@@ -123,7 +128,7 @@ def write_checkpoint(path: Path, kind: str) -> None:
         else:
             value = torch.tensor(1e-3)
         state[name] = value.to(dtype)
-    save_stored(state, path, CONFIG, fp8_attention=kind != "bf16")
+    save_stored(state, path, config, fp8_attention)
 
 
 if __name__ == "__main__":

@@ -284,7 +284,7 @@ def write_blocks(
     for graph, (inputs, outputs) in zip(graphs, values, strict=True):
         model = stored_model(graph, inputs, outputs, weights)
         metadata = {
-            "contract": "2",
+            "contract": "3",
             "block": graph.block,
             "kind": graph.block.split("_")[0],
             "hidden_size": str(hidden),

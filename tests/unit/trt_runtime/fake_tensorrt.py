@@ -275,8 +275,10 @@ class FakeContext:
             out.copy_(2 * value)
             for down in (s for s in entry.inputs if s.name.endswith(LORA_DOWN)):
                 up = self.engine.specs[down.name.removesuffix(LORA_DOWN) + LORA_UP]
-                factors = (self._tensor(s.name, self.shapes[s.name], s.dtype) for s in (down, up))
-                out.add_(torch.mm(*factors).sum())
+                first, second = (
+                    self._tensor(s.name, self.shapes[s.name], s.dtype) for s in (down, up)
+                )
+                out.add_(torch.mm(first.flatten(1), second.flatten(0, 1)).sum())
 
     def _tensor(self, name: str, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
         import ctypes

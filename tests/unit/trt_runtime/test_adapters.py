@@ -8,10 +8,10 @@ from flux_fp4.trt_runtime.errors.run import AdapterError
 
 SPECS = (
     TensorSpec("x", "bf16", ("B", "S", 24)),
-    TensorSpec("linear1.lora_down", "bf16", (24, "R_linear1")),
-    TensorSpec("linear1.lora_up", "bf16", ("R_linear1", 40)),
-    TensorSpec("linear2.lora_down", "bf16", (32, "R_linear2")),
-    TensorSpec("linear2.lora_up", "bf16", ("R_linear2", 24)),
+    TensorSpec("linear1.lora_down", "bf16", (24, "R_linear1", 16)),
+    TensorSpec("linear1.lora_up", "bf16", ("R_linear1", 16, 40)),
+    TensorSpec("linear2.lora_down", "bf16", (32, "R_linear2", 16)),
+    TensorSpec("linear2.lora_up", "bf16", ("R_linear2", 16, 24)),
 )
 
 
@@ -32,9 +32,9 @@ def test_padding_does_not_change_the_product(rank: int) -> None:
     adapter = factors(rank=rank)
     inputs = factor_inputs("single_blocks.0", SPECS, {"linear1": adapter})
     down, up = inputs["linear1.lora_down"], inputs["linear1.lora_up"]
-    assert down.shape[1] == up.shape[0]
-    assert down.shape[1] % 16 == 0
-    assert down.shape[1] - rank < 16
+    tiles = (rank + 15) // 16
+    assert (down.shape, up.shape) == ((24, tiles, 16), (tiles, 16, 40))
+    down, up = down.flatten(1), up.flatten(0, 1)
     assert torch.equal(down[:, :rank], adapter.down)
     assert torch.equal(up[:rank], adapter.up)
     assert not down[:, rank:].any()
@@ -44,8 +44,8 @@ def test_padding_does_not_change_the_product(rank: int) -> None:
 def test_linear_without_adapter_gets_zeros() -> None:
     inputs = factor_inputs("single_blocks.0", SPECS, {"linear1": factors()})
     assert inputs.keys() == {spec.name for spec in SPECS if spec.name != "x"}
-    assert inputs["linear2.lora_down"].shape == (32, 16)
-    assert inputs["linear2.lora_up"].shape == (16, 24)
+    assert inputs["linear2.lora_down"].shape == (32, 1, 16)
+    assert inputs["linear2.lora_up"].shape == (1, 16, 24)
     assert not inputs["linear2.lora_down"].any()
     assert not inputs["linear2.lora_up"].any()
 
@@ -69,7 +69,7 @@ def test_factors_that_do_not_fit_are_refused(linear: str, adapter: LowRank, prob
 
 def test_store_keeps_factors_while_nothing_is_placed() -> None:
     store = FactorStore()
-    given = {"single_blocks.0": {"linear1.lora_down": torch.ones(24, 16)}}
+    given = {"single_blocks.0": {"linear1.lora_down": torch.ones(24, 1, 16)}}
     store.replace(given, torch.bfloat16)
     assert store.bytes == 24 * 16 * 2
     assert store.inputs_of("single_blocks.0") == {}

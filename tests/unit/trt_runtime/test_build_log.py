@@ -61,6 +61,7 @@ def test_rows_are_read_with_operands_and_nodes() -> None:
         ("FP4E2M1", "FP8"),
         ("FP4E2M1", "Float", "FP8"),
         ("linear1/MatMul", "linear1/DQ_weight"),
+        ("BFloat16",),
     )
 
 

@@ -28,7 +28,7 @@ from flux_fp4.trt_runtime.manifest import (
     write_manifest,
 )
 from flux_fp4.trt_runtime.selection import Selection
-from flux_fp4.trt_runtime.spec import RANK_AXIS
+from flux_fp4.trt_runtime.spec import RANK_AXIS, RANK_TILE
 
 CPU = torch.device("cpu")
 DOUBLE, SINGLE = "double_blocks.0", "single_blocks.0"
@@ -41,8 +41,8 @@ def variant_of(entry: PlanEntry) -> PlanEntry:
     for linear in LINEARS[entry.kind]:
         rank = RANK_AXIS + linear
         inputs += [
-            TensorSpec(linear + LORA_DOWN, "bf16", (WIDTH, rank)),
-            TensorSpec(linear + LORA_UP, "bf16", (rank, OUTPUTS)),
+            TensorSpec(linear + LORA_DOWN, "bf16", (WIDTH, rank, RANK_TILE)),
+            TensorSpec(linear + LORA_UP, "bf16", (rank, RANK_TILE, OUTPUTS)),
         ]
     key = "ab" * 32
     return entry.model_copy(
