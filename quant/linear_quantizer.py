@@ -129,8 +129,8 @@ def quantize_linear(
                 _BRANCH_SEED,
             )
             tensors |= {"svd_down": branch.down, "svd_up": branch.up}
-            weight = branch.residual
-        packed = quantize(weight)
+            weight, packed = branch.residual, branch.quantized
+        packed = packed or quantize(weight)
     # second-level activation scale of NVFP4: ModelOpt 0.47 export_onnx.py, amax / (6 * 448)
     input_scale = torch.tensor(amax / (E2M1_MAX * E4M3_MAX))
     return tensors | {

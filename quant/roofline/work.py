@@ -142,11 +142,11 @@ def end_bytes(config: FluxConfig) -> float:
 
 
 def activation_bytes(config: FluxConfig, sizes: StepSizes, options: StepOptions) -> float:
-    """Return how much memory the intermediate results of a single block take, the larger kind.
+    """Return about how much memory the intermediate results of the larger kind of block take.
 
-    The stream, what ``linear1`` gives, what attention reads and what ``linear2`` reads: for FLUX.1
-    with FP8 attention 89,088 bytes per token, which is what the builder of TensorRT-RTX 1.7.1
-    reports (410,517,504 bytes for 4,608 tokens, docs/memory.md).
+    In a single block, the stream, what ``linear1`` gives, what attention and ``linear2`` read: for
+    FLUX.1 with FP8 attention 89,088 bytes per token, 3 % more than the builder of TensorRT-RTX
+    1.7.1 reports (397,246,464 bytes for 4,608 tokens, docs/memory.md).
     """
     tokens = sizes.batch * (sizes.img_tokens + sizes.txt_tokens)
     width = config.hidden_size
