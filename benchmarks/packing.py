@@ -8,7 +8,8 @@ One double and two single blocks of FLUX.1-dev's width with random weights, 1.4 
 statistics of a small calibration that is not measured. Everything is in a temporary folder of at
 most 4 GB that is deleted at the end. Before each copy and each quantization the system is told to
 forget the file's pages (where it can be: Linux); both end with an fsync. Parts run alone, with the
-file in the cache. GB/s are always of the whole source file's bytes, so seconds of parts add up.
+file in the cache; the first three contain each other. GB/s are always of the whole source file's
+bytes, so parts can be compared.
 """
 
 from __future__ import annotations
@@ -128,9 +129,9 @@ class Benchmark:
             tensors = self.source.submodule(block)
             weights = [tensors[f"{linear}.weight"] for linear in block_linears(block)]
             self.measure(f"{block}: read and upcast", lambda w=weights: [upcast(x) for x in w])
-            self.measure(f"{block}: + scales", lambda w=weights: [scaled(x) for x in w])
+            self.measure(f"{block}: the same and scales", lambda w=weights: [scaled(x) for x in w])
             self.measure(
-                f"{block}: + rounding and packing",
+                f"{block}: the same, rounding and packing",
                 lambda w=weights: [quantize_weight(x, "weight") for x in w],
             )
             self._report_and_output(block, tensors)
@@ -210,14 +211,8 @@ def scaled(weight: torch.Tensor) -> None:
 
 
 def table(benchmark: Benchmark) -> str:
-    """Return the rows as Markdown; stages that contain the ones before are shown as differences."""
+    """Return the rows as Markdown."""
     rows, size = benchmark.medians(), benchmark.path.stat().st_size
-    before = (0.0, 0.0)
-    for name in ("read and upcast", "+ scales", "+ rounding and packing"):
-        if name in rows:
-            found = rows[name]
-            rows[name] = (found[0] - before[0], found[1] - before[1])
-            before = found
     lines = [
         "| | seconds | CPU seconds | GB/s of source | of a plain copy |",
         "|---|---|---|---|---|",
@@ -225,7 +220,7 @@ def table(benchmark: Benchmark) -> str:
     copied = rows[COPY][0]
     for name, (seconds, cpu) in rows.items():
         lines.append(
-            f"| {name.removeprefix('+ ')} | {seconds:.2f} | {cpu:.2f} | {size / seconds / 1e9:.2f} "
+            f"| {name} | {seconds:.2f} | {cpu:.2f} | {size / seconds / 1e9:.2f} "
             f"| {copied / seconds:.0%} |"
         )
     return "\n".join(lines)
