@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from .engine_model import EngineOptions
     from .engine_patcher import EnginePatcher
     from .progress import NodeProgress
+
+logger = logging.getLogger(__name__)
 
 QUANTIZE_BYTES = 3 * 2**30
 """GPU memory that quantization of FLUX.1-dev wants: one double block in bf16 (0.7 GB), its copies
@@ -142,25 +145,31 @@ def load_engine_model(
     from ..quant.flux.config import block_linears
     from ..quant.quantized_checkpoint import QuantizedCheckpoint
     from ..trt_runtime.engine import Engine
+    from ..trt_runtime.part_times import PartTimes
     from .engine_model import build_engine_model
     from .engine_patcher import EnginePatcher
 
     del disable_dynamic
     folder = Path(engine_folder)
-    checkpoint = QuantizedCheckpoint.read(paths.engine_checkpoint(folder))
+    times = PartTimes()
+    with times.part("header of the checkpoint"):
+        checkpoint = QuantizedCheckpoint.read(paths.engine_checkpoint(folder))
     load_device = comfy.model_management.get_torch_device()
-    engine = Engine.open(folder, backend, load_device, options.cuda_graphs)
+    with times.part("checks of the engine"):
+        engine = Engine.open(folder, backend, load_device, options.cuda_graphs)
     if engine.manifest.checkpoint_digest != checkpoint.metadata.content_digest:
         raise EngineOutdatedError(paths.engine_name(folder), checkpoint.name)
     offload_device = comfy.model_management.unet_offload_device()
-    model = build_engine_model(
-        checkpoint.metadata.config.unet_config(),
-        checkpoint.high_precision_state_dict(),
-        engine,
-        {block: block_linears(block) for block in checkpoint.metadata.config.block_names},
-        checkpoint,
-        engine.manifest.profile.max_txt_tokens,
-        load_device,
-        options,
-    )
-    return EnginePatcher(model.to(offload_device), load_device, offload_device)
+    with times.part("PyTorch model and weights"):
+        model = build_engine_model(
+            checkpoint.metadata.config.unet_config(),
+            checkpoint.high_precision_state_dict(),
+            engine,
+            {block: block_linears(block) for block in checkpoint.metadata.config.block_names},
+            checkpoint,
+            engine.manifest.profile.max_txt_tokens,
+            load_device,
+            options,
+        ).to(offload_device)
+    logger.info("Opened %s in %s; its plans are loaded to sample", paths.engine_name(folder), times)
+    return EnginePatcher(model, load_device, offload_device)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .calibration import SampleState
 from .emulation import attention_root_scale, emulated_block, emulated_linear, linear_parts
 from .linear_quantizer import quantize_linear, smoothing_scales
 from .nvfp4 import E4M3_MAX, NVFP4Weight
 from .quantized_checkpoint import BlockReport, LinearReport, finite_or_limit
 from .recipe import Format, QuantizeOptions
+from .row_parallel import side_by_side
 from .sqnr import SQNR, sqnr_db
 from .stack import Block, placed, run_block, tokens
 from .statistics import BlockStatistics, LinearStatistics, spread
@@ -100,21 +103,22 @@ def measured_block(
         statistics: Of its inputs.
         formats: By Linear.
     """
-    reports = []
-    for linear, chosen in formats.items():
+
+    def report(linear: str) -> LinearReport:
         parts, seen = linear_parts(linear, tensors), statistics.linears[linear]
         weight_db, output_db = linear_sqnr_db(block.get_submodule(linear), parts, seen)
-        reports.append(
-            LinearReport(
-                name=f"{name}.{linear}",
-                format=chosen,
-                weight_sqnr_db=finite_or_limit(weight_db),
-                output_sqnr_db=finite_or_limit(output_db),
-                input_amax=seen.range.amax,
-            )
+        return LinearReport(
+            name=f"{name}.{linear}",
+            format=formats[linear],
+            weight_sqnr_db=finite_or_limit(weight_db),
+            output_sqnr_db=finite_or_limit(output_db),
+            input_amax=seen.range.amax,
         )
+
+    device = next(block.parameters()).device
+    reports = tuple(side_by_side([partial(report, linear) for linear in formats], device))
     update_db = finite_or_limit(update_sqnr_db(block, tensors, statistics))
-    return QuantizedBlock(tensors, tuple(reports), BlockReport(name=name, update_sqnr_db=update_db))
+    return QuantizedBlock(tensors, reports, BlockReport(name=name, update_sqnr_db=update_db))
 
 
 def attention_scales(
@@ -176,10 +180,16 @@ def update_sqnr_db(
 ) -> float:
     """Measure what quantized tensors do to what the block adds to its input, on the probes."""
     emulated = emulated_block(block, tensors)
-    ratio = SQNR()
-    for probe in statistics.probes:
-        state = placed(probe, block)
+
+    def measured(probe: SampleState) -> SQNR:
+        state, ratio = placed(probe, block), SQNR()
         before = tokens(state).float()
         expected = tokens(run_block(block, state)).float() - before
         ratio.add(expected, tokens(run_block(emulated, state)).float() - before)
-    return ratio.db
+        return ratio
+
+    device = next(block.parameters()).device
+    total = SQNR()
+    for part in side_by_side([partial(measured, probe) for probe in statistics.probes], device):
+        total.add_energies(part.signal, part.noise)
+    return total.db

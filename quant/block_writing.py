@@ -6,10 +6,12 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from .background import Background
 from .block_quantizer import QuantizedBlock, quantize_block
 from .checkpoint_layout import Layout, is_stored_quantized
 from .checkpoint_writer import CheckpointWriter
@@ -59,6 +61,9 @@ def write_blocks(
 ) -> None:
     """Quantize blocks that the writer has not finished yet, one in memory at a time.
 
+    While one is computed, what the one before became is written and the one after is read into the
+    system's file cache.
+
     Args:
         blocks: For example ``double_blocks.0``.
         work: What to quantize and how.
@@ -68,19 +73,40 @@ def write_blocks(
         progress: Called before each block and at least once per Linear; may raise to cancel.
         record: Told how long each block took.
     """
-    for done, name in enumerate(blocks):
-        if name in writer.finished:
-            progress(f"Keeping {name}, finished earlier", done, len(blocks))
-            continue
-        heartbeat = partial(progress, f"Quantizing {name}", done, len(blocks))
-        heartbeat()
-        started = time.monotonic()
-        tensors = work.source.submodule(name, work.device)
-        block = block_with_weights(name, work.source.config, tensors, work.dtype)
-        quantized = quantized_block(name, block, tensors, work, heartbeat)
-        write_block(name, tensors, quantized, work, layout, writer)
-        kind = quantize_work(name, work.block_formats(name).values(), work.options, work.device)
-        record(kind, block_weights(work.source, name), time.monotonic() - started)
+    left = [name for name in blocks if name not in writer.finished]
+    following = dict(pairwise(left))
+    with Background("Writing blocks") as writing, Background("Reading ahead") as reading:
+        for done, name in enumerate(blocks):
+            if name not in left:
+                progress(f"Keeping {name}, finished earlier", done, len(blocks))
+                continue
+            heartbeat = partial(progress, f"Quantizing {name}", done, len(blocks))
+            heartbeat()
+            started = time.monotonic()
+            reading.wait()
+            tensors = work.source.submodule(name, work.device)
+            if name in following:
+                reading.submit(
+                    partial(work.source.read_ahead, following[name], reading.stopping.is_set)
+                )
+            writing.submit(_block_to_write(name, tensors, work, layout, writer, heartbeat))
+            kind = quantize_work(name, work.block_formats(name).values(), work.options, work.device)
+            record(kind, block_weights(work.source, name), time.monotonic() - started)
+
+
+def _block_to_write(
+    name: str,
+    tensors: Mapping[str, Tensor],
+    work: BlockWork,
+    layout: Layout,
+    writer: CheckpointWriter,
+    heartbeat: Callable[[], None],
+) -> Callable[[], None]:
+    """Quantize a block; return what writes it, and keeps nothing else of it in memory."""
+    block = block_with_weights(name, work.source.config, tensors, work.dtype)
+    quantized = quantized_block(name, block, tensors, work, heartbeat)
+    kept = kept_tensors(name, tensors, quantized, layout)
+    return partial(write_block, name, kept, quantized, work, layout, writer)
 
 
 def quantized_block(
@@ -113,20 +139,27 @@ def quantized_block(
     )
 
 
+def kept_tensors(
+    name: str, tensors: Mapping[str, Tensor], quantized: QuantizedBlock, layout: Layout
+) -> dict[str, Tensor]:
+    """Return the tensors of a block that no plan quantizes, by their full names."""
+    written = {*quantized.tensors, *(f"{linear}.weight" for linear in block_linears(name))}
+    kept = {f"{name}.{part}": value for part, value in tensors.items() if part not in written}
+    return {full: value for full, value in kept.items() if full in layout}
+
+
 def write_block(
     name: str,
-    tensors: Mapping[str, Tensor],
+    kept: Mapping[str, Tensor],
     quantized: QuantizedBlock,
     work: BlockWork,
     layout: Layout,
     writer: CheckpointWriter,
 ) -> None:
-    """Write a block's quantized tensors and what stays of the others, as one part."""
+    """Write a block's quantized tensors and its ``kept_tensors``, as one part."""
     for part, tensor in quantized.tensors.items():
         writer.add(f"{name}.{part}", tensor)
-    written = {*quantized.tensors, *(f"{linear}.weight" for linear in block_linears(name))}
-    kept = {f"{name}.{part}": value for part, value in tensors.items() if part not in written}
-    write_kept({k: v for k, v in kept.items() if k in layout}, work, layout, writer)
+    write_kept(kept, work, layout, writer)
     note = {
         "linears": [report.model_dump() for report in quantized.linears],
         "block": quantized.report.model_dump(),

@@ -29,12 +29,19 @@ def encode_e2m1(x: Tensor) -> Tensor:
         uint8 codes 0 to 15 of the same shape. A negative value that rounds to zero keeps its sign
         bit, minus zero does not, as in ModelOpt's ``NVFP4QTensor._cast_fp4``.
     """
-    magnitude = x.abs().clamp_(max=E2M1_MAX)
+    return encode_e2m1_(x.clone())
+
+
+def encode_e2m1_(x: Tensor) -> Tensor:
+    """As ``encode_e2m1``, with ``x`` as working memory: its values are lost."""
+    # adding zero makes minus zero plus; the sign bit becomes 8
+    sign = (x.add_(0.0).view(torch.int32) >> 28).to(torch.uint8).bitwise_and_(8)
+    magnitude = x.abs_().clamp_(max=E2M1_MAX)
     bits = magnitude.add_(_rounder(magnitude)).view(torch.int32)
     # mantissa: value in steps of its binade; exponent 149, 150 or 151: the binade of 1, 2 or 4
-    codes = (bits >> 22).add_(bits).sub_(2 * 149)
-    negative = (x + 0.0).view(torch.int32) >> 31  # -1 or 0; adding zero makes minus zero plus
-    return codes.sub_(negative, alpha=8).to(torch.uint8).bitwise_and_(15)
+    codes = (bits >> 22).add_(bits)
+    # 2 * 149 modulo 256: eight bits are enough for what is left
+    return codes.to(torch.uint8).sub_(2 * 149 - 256).bitwise_or_(sign)
 
 
 def round_to_e2m1(magnitude: Tensor) -> Tensor:

@@ -58,5 +58,5 @@ def quantize_weight_fp8(weight: Tensor, linear: str) -> FP8Weight:
         values[chunk] = (rows / step[:, None]).clamp_(-E4M3_MAX, E4M3_MAX).to(values.dtype)
         scale[chunk] = step
 
-    for_row_chunks(quantize, len(weight), weight.device)
+    for_row_chunks(quantize, weight.shape, weight.device)
     return FP8Weight(values, scale)

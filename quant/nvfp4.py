@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .e2m1 import E2M1_MAX, decode_packed, encode_e2m1, pack_codes, round_to_e2m1
+from .e2m1 import E2M1_MAX, decode_packed, encode_e2m1_, pack_codes, round_to_e2m1
 from .errors.calibration import NotFiniteError
 from .errors.sources import UnsupportedWeightError
 from .nvfp4_scales import (
@@ -71,7 +71,7 @@ class NVFP4Weight:
             scale = self.block_scale[chunk].float() * self.global_scale
             weight[chunk] = values.mul_(scale[..., None]).flatten(-2)
 
-        for_row_chunks(dequantize, rows, weight.device)
+        for_row_chunks(dequantize, weight.shape, weight.device)
         return weight
 
 
@@ -111,7 +111,8 @@ def quantize_weight(
     )
 
     def quantize(chunk: slice) -> None:
-        values = weight[chunk].float()
+        # a copy also of fp32: it is divided in place
+        values = weight[chunk].to(torch.float32, copy=True)
         magnitude = values.abs()
         if search == "max":
             scale = largest_value_scale(magnitude, global_scale)
@@ -120,11 +121,11 @@ def quantize_weight(
         else:
             scale = least_error_scale(magnitude, global_scale, importance)
         step = scale.float() * global_scale
-        scaled = values.unflatten(-1, (-1, NVFP4_BLOCK)) / step[..., None]
-        packed[chunk] = pack_codes(encode_e2m1(scaled.flatten(-2)))
+        values.unflatten(-1, (-1, NVFP4_BLOCK)).div_(step[..., None])
+        packed[chunk] = pack_codes(encode_e2m1_(values))
         block_scale[chunk] = scale
 
-    for_row_chunks(quantize, rows, weight.device)
+    for_row_chunks(quantize, weight.shape, weight.device)
     return NVFP4Weight(packed, block_scale, global_scale)
 
 
@@ -140,7 +141,7 @@ def fake_quantize_weight(weight: Tensor) -> Tensor:
         rounded = round_to_e2m1(blocks / step).mul_(step).flatten(-2)
         quantized[chunk] = torch.copysign(rounded, weight[chunk])
 
-    for_row_chunks(quantize, len(weight), weight.device)
+    for_row_chunks(quantize, weight.shape, weight.device)
     return quantized
 
 
@@ -179,9 +180,10 @@ def fake_quantize_activation(x: Tensor, global_scale: Tensor) -> Tensor:
     blocks = x.float().unflatten(-1, (-1, NVFP4_BLOCK))
     magnitude = blocks.abs()
     scale = magnitude.amax(-1, keepdim=True) / (E2M1_MAX * global_scale)
-    step = scale.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).float() * global_scale
-    scaled = torch.where(step > 0, magnitude / step, torch.zeros_like(magnitude))
-    return (round_to_e2m1(scaled) * step).copysign_(blocks).flatten(-2).to(x.dtype)
+    step = scale.clamp_(max=E4M3_MAX).to(torch.float8_e4m3fn).float().mul_(global_scale)
+    # divided by infinity, a block without a step becomes zero
+    scaled = magnitude.div_(step.where(step > 0, torch.inf))
+    return round_to_e2m1(scaled).mul_(step).copysign_(blocks).flatten(-2).to(x.dtype)
 
 
 def _check_columns(weight: Tensor, linear: str) -> None:

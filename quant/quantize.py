@@ -20,7 +20,7 @@ from .progress import Progress, Record, unrecorded
 from .quantized_checkpoint import QuantizedCheckpoint, QuantizedMetadata, finite_or_limit
 from .recipe import QuantizeOptions
 from .sources.source import FluxSource
-from .stack import collect_statistics, compute_dtype
+from .stack import collect_statistics, compute_dtype, report_dtype
 from .statistics_files import StatisticsFolder
 from .training.trained_blocks import write_trained_blocks
 
@@ -52,7 +52,8 @@ def quantize_checkpoint(
         statistics: Folder for calibration statistics, which every recipe shares.
         progress: Called before and after each block, and between samples; may raise to cancel.
         device: Where to compute.
-        dtype: Type to compute in; None takes ``compute_dtype(device)``.
+        dtype: Type to compute in; None takes ``compute_dtype(device)``, and for what only the
+            report depends on ``report_dtype(device)``.
         record: Told how long each block took.
 
     Returns:
@@ -70,6 +71,8 @@ def quantize_checkpoint(
         CheckpointBusyError: Another process is writing the same checkpoint.
     """
     started = time.monotonic()
+    training = options.recipe.training is not None
+    measuring = dtype or (compute_dtype if training else report_dtype)(device)
     dtype = dtype or compute_dtype(device)
     folder = StatisticsFolder(statistics, source.digest(), calibration.digest())
     formats = recipe_formats(source.config, options)
@@ -79,14 +82,14 @@ def quantize_checkpoint(
     _check_predicts(source, folder)
     if options.recipe.auto is not None:
         formats = choose_formats(source, folder, options, formats, progress, device, dtype, record)
-    work = BlockWork(source, options, folder, formats, device, dtype)
+    work = BlockWork(source, options, folder, formats, device, measuring)
     layout = checkpoint_layout(source, formats, options)
     blocks = source.config.block_names
     with CheckpointWriter(destination, layout, _job(work, calibration)) as writer:
-        if options.recipe.training is None:
-            write_blocks(blocks, work, layout, writer, progress, record)
-        else:
+        if training:
             write_trained_blocks(blocks, work, calibration, layout, writer, progress, record)
+        else:
+            write_blocks(blocks, work, layout, writer, progress, record)
         progress("Copying high-precision tensors", len(blocks), len(blocks))
         finishing = time.monotonic()
         _write_rest(work, layout, writer)

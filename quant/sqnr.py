@@ -13,11 +13,15 @@ class SQNR:
 
     ``10 * log10(sum(reference**2) / sum((actual - reference)**2))`` in dB; energies are summed in
     fp64, so the result does not depend on how the tensors are batched.
+
+    Attributes:
+        signal: Energy of the references so far.
+        noise: Energy of the differences so far.
     """
 
     def __init__(self) -> None:
-        self._signal = 0.0
-        self._noise = 0.0
+        self.signal = 0.0
+        self.noise = 0.0
 
     def add(self, reference: Tensor, actual: Tensor) -> None:
         """Count a pair of equally shaped tensors."""
@@ -27,15 +31,15 @@ class SQNR:
 
     def add_energies(self, signal: float, noise: float) -> None:
         """Count sums of squares."""
-        self._signal += signal
-        self._noise += noise
+        self.signal += signal
+        self.noise += noise
 
     @property
     def db(self) -> float:
         """The ratio in dB: infinite without noise, minus infinity with noise and no signal."""
-        if self._noise == 0:
+        if self.noise == 0:
             return math.inf
-        return 10 * math.log10(self._signal / self._noise) if self._signal else -math.inf
+        return 10 * math.log10(self.signal / self.noise) if self.signal else -math.inf
 
 
 def sqnr_db(reference: Tensor, actual: Tensor) -> float:

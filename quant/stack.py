@@ -44,6 +44,18 @@ def compute_dtype(device: str) -> torch.dtype:
     return torch.float32
 
 
+def report_dtype(device: str) -> torch.dtype:
+    """Return the type to measure quantized blocks in: nothing that is written depends on it.
+
+    A CPU that multiplies bf16 without matrix units (AVX512_BF16) does so several times as fast as
+    fp32, and SQNRs differ by hundredths of a dB. Calibration stays in ``compute_dtype``: ranges of
+    activations go into the result.
+    """
+    if torch.cpu._is_avx512_bf16_supported():
+        return torch.bfloat16
+    return compute_dtype(device)
+
+
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
     """Name the first of a checkpoint's tensors that holds NaN or infinity.
 

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from .backend import Backend, Gpu, load_backend, probe_gpu
@@ -83,11 +84,12 @@ def build_engine(
     with locked(engine_dir, lambda: progress("Waiting for another build of this engine", 0, total)):
         build = PlanBuild(engine_dir, spec, backend, signatures, progress, UNFINISHED)
         recorder = _Recorder(build, record)
-        jobs = build.reuse((MANIFEST, UNFINISHED))
-        processes = min(workers or build.automatic_workers(), max(1, len(jobs)))
-        build_plans(jobs, processes, recorder.store, build.report)
-        if jobs:
-            recorder.finish(processes)
+        jobs = build.jobs((MANIFEST, UNFINISHED))
+        first = next(jobs, None)
+        if first is not None:
+            processes = workers or build.automatic_workers()
+            build_plans(chain((first,), jobs), processes, recorder.store, build.report)
+            recorder.finish(min(processes, len(build.wanted)))
         manifest = build.manifest()
         _put_in_force(engine_dir, manifest)
     logger.info(
@@ -95,7 +97,7 @@ def build_engine(
         folder.name,
         engine_dir.name,
         total,
-        total - len(jobs),
+        total - len(build.wanted),
         time.monotonic() - started,
     )
     return manifest

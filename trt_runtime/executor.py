@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import mmap
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from .driver import driver_version
 from .errors.engine import VariantPlanMissingError
 from .errors.run import EngineNotLoadedError, ExecutionError
 from .manifest import EngineManifest, PlanEntry, check_plan
+from .part_times import PartTimes
 from .plan_checks import check_signature, check_validity
 from .plan_context import TORCH_DTYPES, PlanContext, ScratchMemory, Shapes
 from .plan_pool import PlanPool, bytes_within
@@ -23,6 +25,8 @@ from .runtime_cache import RuntimeCache, cache_name
 from .selection import Selection
 from .self_test import Machine
 from .variant_plans import selected_plans
+
+logger = logging.getLogger(__name__)
 
 
 class TensorRTExecutor:
@@ -58,6 +62,7 @@ class TensorRTExecutor:
         self._cache: RuntimeCache | None = None
         self._has_new_kernels = False
         self._device = torch.device("cpu")
+        self._times = PartTimes()
 
     @property
     def loaded(self) -> bool:
@@ -96,15 +101,18 @@ class TensorRTExecutor:
             return
         self._cuda.prepare(device, self._backend.name, self._manifest.targets)
         self._device = device
+        self._times = PartTimes()
         complete = False
         try:
             with self._cuda.activated(device):
-                self._start()
-                self._settle()
+                with self._times.part("library"):
+                    self._start()
+                count = self._settle()
             complete = True
         finally:
             if not complete:
                 self._release()
+        logger.info("Loaded %d plans in %s", count, self._times)
 
     def limit(self, weight_bytes: int | None) -> None:
         """Keep weights and factors within this many bytes, or all of them; loaded or not.
@@ -199,8 +207,8 @@ class TensorRTExecutor:
             if not complete:
                 self._release()
 
-    def _settle(self) -> None:
-        """Have on the GPU what shall be there, and nothing else."""
+    def _settle(self) -> int:
+        """Have on the GPU what shall be there, and nothing else; return how many were loaded."""
         entries = {block: plan.entry for block, plan in self._selected.items()}
         self._pool.set_plans(entries, self._for_plans(self._limit))
         loaded = self._pool.settle()
@@ -210,7 +218,9 @@ class TensorRTExecutor:
         for block, context in self._pool.contexts():
             context.set_factors(self._factors.inputs_of(block))
         if loaded:
-            self._save_kernels()
+            with self._times.part("kernel cache"):
+                self._save_kernels()
+        return len(loaded)
 
     def _for_plans(self, limit: int | None) -> int | None:
         return None if limit is None else limit - self._factors.bytes
@@ -225,12 +235,15 @@ class TensorRTExecutor:
         return context
 
     def _opened(self, entry: PlanEntry) -> PlanContext:
-        plan = self._plan(entry)
-        check_validity(self._backend.module, self._runtime, entry, plan)
-        engine = self._runtime.deserialize_cuda_engine(plan)
+        with self._times.part("digests"):
+            plan = self._plan(entry)
+        with self._times.part("deserialization"):
+            check_validity(self._backend.module, self._runtime, entry, plan)
+            engine = self._runtime.deserialize_cuda_engine(plan)
         self._require(engine is not None, entry.block, "deserialize_cuda_engine")
         check_signature(self._backend.module, entry, engine)
-        context = self._context(engine)
+        with self._times.part("contexts"):
+            context = self._context(engine)
         self._require(context is not None, entry.block, "create_execution_context")
         seen = self._seen.setdefault(entry.key, set())
         return PlanContext(entry, engine, context, self._device, self._require, seen)

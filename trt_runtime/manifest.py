@@ -33,6 +33,7 @@ from .errors.engine import (
     PlanMissingError,
     PlanTruncatedError,
 )
+from .part_times import PartTimes
 from .spec import BuildSpec, ShapeProfile
 from .store import write_atomic
 
@@ -225,9 +226,14 @@ def verify_engine(engine_dir: Path, manifest: EngineManifest, backend: Backend |
             manifest.
         EngineStaleError: an ONNX file changed since the build.
     """
-    check_engine(engine_dir, manifest, backend)
-    for entry in manifest.blocks:
-        check_plan_digest(engine_dir, entry)
+    times = PartTimes()
+    with times.part("ONNX files"):
+        check_engine(engine_dir, manifest, backend)
+    with times.part("digests of plans"):
+        for entry in manifest.blocks:
+            check_plan_digest(engine_dir, entry)
+    size = sum(entry.bytes for entry in manifest.blocks) / 1e9
+    logger.info("Checked %d plans, %.1f GB, in %s", len(manifest.blocks), size, times)
 
 
 def check_engine(engine_dir: Path, manifest: EngineManifest, backend: Backend | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -55,32 +55,35 @@ class PlanBuild:
         self.signatures, self.progress = signatures, progress
         self.entries: dict[str, PlanEntry] = {}
         self.wanted: dict[str, PlanEntry] = {}
+        self._unseen: dict[str, PlanEntry] = {}
 
-    def reuse(self, records: Sequence[str]) -> list[BuildJob]:
-        """Take over every finished plan with the same key; return jobs for the others.
+    def jobs(self, records: Sequence[str]) -> Iterator[BuildJob]:
+        """Take over every finished plan with the same key; yield jobs for the others.
+
+        Block after block, as its digests are known: the first ones are built meanwhile.
 
         Args:
             records: File names of the manifests to look in.
         """
         known = {entry.key: entry for name in records for entry in self._known(name)}
-        jobs = []
+        # a cancelled build must not forget plans that it did not come to
+        self._unseen = {entry.block: entry for entry in self._known(self.record)}
         for signature in self.signatures:
             self.report(signature.block, "Checking")
             wanted = self._wanted(signature)
+            self._unseen.pop(signature.block, None)
             entry = known.get(wanted.key)
             if entry is not None and self._is_intact(entry):
                 self.entries[signature.block] = entry
             else:
                 self.wanted[signature.block] = wanted
                 plan = self.engine_dir / wanted.file
-                jobs.append(block_job(signature, plan, self.backend, self.spec))
-        return jobs
+                yield block_job(signature, plan, self.backend, self.spec)
 
     def automatic_workers(self) -> int:
-        """Return how many of the wanted blocks this machine can build side by side."""
-        wanted = [s for s in self.signatures if s.block in self.wanted]
-        weights = [s.weight_bytes for s in wanted]
-        return automatic_workers(max(weights)) if weights else 1
+        """Return how many of the blocks that are not reused this machine can build side by side."""
+        weights = (s.weight_bytes for s in self.signatures if s.block not in self.entries)
+        return automatic_workers(max(weights, default=0))
 
     def store(self, plan: BuiltPlan) -> None:
         """Record a stored plan, so that the next build resumes after it."""
@@ -146,7 +149,8 @@ class PlanBuild:
     def manifest(self) -> EngineManifest:
         """Return a manifest of the plans that are stored so far."""
         first = self.signatures[0]
-        order = [s.block for s in self.signatures if s.block in self.entries]
+        entries = {**self._unseen, **self.entries}
+        order = [s.block for s in self.signatures if s.block in entries]
         return EngineManifest(
             backend=self.backend.name,  # type: ignore[arg-type]  # a str that BuildSpec has checked
             backend_version=self.backend.version,
@@ -161,7 +165,7 @@ class PlanBuild:
             high_precision=first.high_precision,  # type: ignore[arg-type]
             depth=first.depth,
             depth_single_blocks=first.depth_single_blocks,
-            blocks=tuple(self.entries[block] for block in order),
+            blocks=tuple(entries[block] for block in order),
         )
 
 

@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import platform
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -79,7 +80,7 @@ class SelfTest:
         Raises:
             SelfTestError: A block differs too much; a report is written beside the engine.
         """
-        results = {}
+        started, results = time.monotonic(), {}
         for entry in self._blocks():
             onnx = self.engine_dir.parent / f"{entry.block}.onnx"
             if not onnx.is_file():
@@ -90,7 +91,8 @@ class SelfTest:
             results[entry.block] = _update_sqnr_db(
                 inputs, expected, run_block(entry.block, dict(inputs))
             )
-        logger.info("Self-test on %s: %s", machine.gpu, _listed(results))
+        seconds = time.monotonic() - started
+        logger.info("Self-test on %s in %.1f s: %s", machine.gpu, seconds, _listed(results))
         worst = min(results, key=lambda block: results[block])
         if results[worst] < LIMIT_DB:
             report = self._write_report(machine, results)

@@ -152,7 +152,8 @@ def _build(
             if name in names or (name in kept and (folder / f"{name}.onnx").is_file())
         ]
         build = PlanBuild(plan_dir, engine.spec, backend, signatures, progress, record)
-        jobs = build.reuse((record,))
+        # all at once: the record is in force, and what it says must have been checked
+        jobs = list(build.jobs((record,)))
         build_plans(jobs, workers or build.automatic_workers(), build.store, build.report)
         write_manifest(plan_dir / record, build.manifest())
     logger.info("Built %d plans besides those of %s", len(jobs), folder.name)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import queue
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 from .errors.build import WorkerDiedError
 from .plan import BuildJob, BuiltPlan
@@ -17,8 +16,31 @@ POLL_SECONDS = 0.1
 """How often the callback is called, and so how fast a cancel is felt."""
 
 
+class _Pending:
+    """Jobs in their order; the next one is looked for while processes are busy with others.
+
+    Finding a job may take a while: the digests of a block's weights tell whether there is one.
+    """
+
+    def __init__(self, jobs: Iterable[BuildJob]) -> None:
+        self._rest = iter(jobs)
+        self._next: BuildJob | None = None
+
+    def look_ahead(self) -> bool:
+        """Find the next job; False if there is none."""
+        if self._next is None:
+            self._next = next(self._rest, None)
+        return self._next is not None
+
+    def take(self) -> BuildJob:
+        """Return the job that `look_ahead` has found."""
+        job, self._next = self._next, None
+        assert job is not None
+        return job
+
+
 def build_plans(
-    jobs: Sequence[BuildJob],
+    jobs: Iterable[BuildJob],
     workers: int,
     built: Callable[[BuiltPlan], None],
     heartbeat: Callable[[str], None],
@@ -28,7 +50,7 @@ def build_plans(
     A process that dies or hangs costs one worker: if memory was short, fewer need less of it.
 
     Args:
-        jobs: The blocks to build.
+        jobs: The blocks to build; iterated over while others are built, in this thread.
         workers: Number of processes.
         built: Called for each stored plan, in the order they finish.
         heartbeat: Called at least every 0.1 s with the blocks in work; it may raise to cancel.
@@ -37,8 +59,8 @@ def build_plans(
         WorkerDiedError: The process of a block was lost, and a second one as well.
         EngineError: What a worker reported; such a block is not tried again.
     """
-    pending = deque(jobs)
-    while pending:
+    pending = _Pending(jobs)
+    while pending.look_ahead():
         for first in _build_until_loss(pending, workers, built, heartbeat):
             workers = max(1, workers - 1)
             block = first.job.block
@@ -50,29 +72,30 @@ def build_plans(
                 " | ".join(first.log_tail) or "none",
             )
             again = _build_until_loss(
-                deque([first.job]), 1, built, lambda name: heartbeat(f"{name} again, alone")
+                _Pending([first.job]), 1, built, lambda name: heartbeat(f"{name} again, alone")
             )
             for second in again:
                 raise WorkerDiedError(block, first.cause, second.cause, second.log_tail)
 
 
 def _build_until_loss(
-    pending: deque[BuildJob],
+    pending: _Pending,
     workers: int,
     built: Callable[[BuiltPlan], None],
     heartbeat: Callable[[str], None],
 ) -> list[LostWorker]:
-    """Take jobs from `pending` until it is empty or a worker is lost; finish what is in work."""
+    """Take jobs from `pending` until there are none or a worker is lost; finish what is in work."""
     events, lost = Events(), []
     pool: list[BuildWorker] = []
     try:
-        while pending and len(pool) < workers:
+        while len(pool) < workers and pending.look_ahead():
             worker = BuildWorker(events)
             pool.append(worker)
-            worker.submit(pending.popleft())
+            worker.submit(pending.take())
         while busy := [worker for worker in pool if worker.job]:
             heartbeat(", ".join(worker.job.block for worker in busy if worker.job))
             lost += [loss for worker in busy if (loss := worker.hung()) is not None]
+            pending.look_ahead()
             try:
                 worker, answer = events.get(timeout=POLL_SECONDS)
             except queue.Empty:
@@ -85,8 +108,8 @@ def _build_until_loss(
                 continue
             built(plan_from_answer(answer))
             worker.job = None
-            if pending and not lost:
-                worker.submit(pending.popleft())
+            if not lost and pending.look_ahead():
+                worker.submit(pending.take())
     finally:
         for worker in pool:
             worker.signal()

@@ -7,7 +7,7 @@ tensors, so that a checkpoint of 24 GB does not fill the memory block by block.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,9 @@ from .shard_index import INDEX_SUFFIX, read_index
 
 _DIGEST_BYTES = 4096
 """Read of every tensor for the digest: training and merging change every weight everywhere."""
+
+_READ_BYTES = 4 << 20
+"""Of one read ahead."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +64,43 @@ class CheckpointFiles:
         Raises:
             DamagedCheckpointError: A file cannot be read or has changed since it was opened.
         """
-        if tuple(_state(path) for path in self.paths) != self.states:
-            reason = "it has changed since it was opened"
-            raise DamagedCheckpointError(self.path.name, reason, "Queue the workflow again.")
+        self._check_unchanged()
         with contextlib.ExitStack() as stack:
             try:
                 yield TensorReader(self.holders, device, stack)
             except (OSError, SafetensorError) as error:
                 raise DamagedCheckpointError(self.path.name, str(error)) from error
+
+    def read_ahead(self, names: Sequence[str], stopping: Callable[[], bool]) -> None:
+        """Read tensors into the system's file cache: mapped later, their pages are there.
+
+        Plain reads of a few megabytes are faster than page faults, and hold no memory of their own.
+
+        Args:
+            names: Stored names.
+            stopping: Asked before each read; True ends the reading early.
+
+        Raises:
+            DamagedCheckpointError: A file cannot be read or has changed since it was opened.
+        """
+        self._check_unchanged()
+        buffer = memoryview(bytearray(_READ_BYTES))
+        try:
+            for name in sorted(names, key=lambda name: self.stored[name].offset):
+                place = self.stored[name]
+                with self.holders[name].open("rb", buffering=0) as file:
+                    file.seek(place.offset)
+                    for start in range(0, place.length, _READ_BYTES):
+                        if stopping():
+                            return
+                        file.readinto(buffer[: min(_READ_BYTES, place.length - start)])
+        except OSError as error:
+            raise DamagedCheckpointError(self.path.name, str(error)) from error
+
+    def _check_unchanged(self) -> None:
+        if tuple(_state(path) for path in self.paths) != self.states:
+            reason = "it has changed since it was opened"
+            raise DamagedCheckpointError(self.path.name, reason, "Queue the workflow again.")
 
     def digest(self) -> str:
         """Return the blake3 digest of the headers and of the first 4 KiB of every tensor."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -84,6 +84,17 @@ class FluxSource(ABC):
     def digest(self) -> str:
         """Return a blake3 digest that changes with any training or merge, without reading all."""
 
+    def read_ahead(self, prefix: str, stopping: Callable[[], bool]) -> None:  # noqa: B027
+        """Bring what is stored under ``prefix.`` into the system's file cache, if it is in a file.
+
+        Args:
+            prefix: For example ``double_blocks.1``.
+            stopping: Asked now and then; True ends the reading early.
+
+        Raises:
+            DamagedCheckpointError: As ``tensors``.
+        """
+
     def submodule(self, prefix: str, device: str = "cpu") -> dict[str, Tensor]:
         """Load the tensors whose name starts with ``prefix.``, under the rest of their names."""
         start = f"{prefix}."
@@ -132,6 +143,11 @@ class FileSource(FluxSource):
         """See ``FluxSource``."""
         with self._files.reader(device) as reader:
             return {name: self._fused(name, reader, device) for name in names}
+
+    def read_ahead(self, prefix: str, stopping: Callable[[], bool]) -> None:
+        """See ``FluxSource``."""
+        names = (name for name in self._fusions if name.startswith(f"{prefix}."))
+        self._files.read_ahead([p for name in names for p in self._fusions[name].parts], stopping)
 
     def packed(self, linear: str, device: str = "cpu") -> NVFP4Weight | None:
         """See ``FluxSource``."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..block_quantizer import QuantizedBlock, measured_block
-from ..block_writing import BlockWork, quantized_block, write_block
+from ..block_writing import BlockWork, kept_tensors, quantized_block, write_block
 from ..calibration import CalibrationSet
 from ..checkpoint_layout import Layout
 from ..checkpoint_writer import CheckpointWriter
@@ -71,7 +71,8 @@ def write_trained_blocks(
             samples = BlockSamples(inputs, targets, held_out, teacher)
             if block not in writer.finished:
                 trained = _trained_block(block, teacher, tensors, work, samples, tell, record)
-                write_block(block, tensors, trained, work, layout, writer)
+                kept = kept_tensors(block, tensors, trained, layout)
+                write_block(block, kept, trained, work, layout, writer)
             tell("Passing")
             stored = {n: t.to(work.device) for n, t in writer.read_block(block).items()}
             student = emulated_block(teacher, stored)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +109,11 @@ def test_engine_predicts_nearly_what_stock_flux2_does(source: Path, engine: Path
     assert db < 60, f"{db:.1f} dB: FP4 did not run"
     assert sample(model, steps=3).isfinite().all()
     mm.unload_all_models()
+
+
+def test_loading_says_what_it_took(engine: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        load_engine_model(str(engine), "reference", EngineOptions())
+    (told,) = (m for m in caplog.messages if m.startswith("Opened "))
+    for part in ("header of the checkpoint", "checks of the engine", "PyTorch model and weights"):
+        assert part in told

@@ -22,7 +22,7 @@ from flux_fp4.trt_runtime.errors.build import (
     FormatTargetError,
     PlanBuildError,
 )
-from flux_fp4.trt_runtime.manifest import load_manifest
+from flux_fp4.trt_runtime.manifest import MANIFEST, UNFINISHED, load_manifest
 from flux_fp4.trt_runtime.plan_build import plan_key, profile_shapes
 from flux_fp4.trt_runtime.resources import AUTOMATIC
 from flux_fp4.trt_runtime.signature import read_signature
@@ -254,6 +254,39 @@ def test_two_workers_build_the_same_plans(engine_copy: Path) -> None:
     two = build_engine(engine_copy.parent, SMALL_SPEC, progress, workers=2)
     assert any("double_blocks.0, single_blocks.0" in phase for phase, _, _ in progress.calls)
     assert [e.key for e in one.blocks] == [e.key for e in two.blocks]
+
+
+def test_first_block_is_built_while_others_are_checked(blocks: Callable[..., Path]) -> None:
+    progress = Recorder()
+    build_engine(blocks(depth=1, depth_single=2), SMALL_SPEC, progress)
+    phases = [phase for phase, _, _ in progress.calls]
+    building = phases.index("Building double_blocks.0")
+    assert phases.index("Checking double_blocks.0") < building
+    assert building < phases.index("Checking single_blocks.0")
+    assert progress.built() == ["double_blocks.0", "single_blocks.0", "single_blocks.1"]
+
+
+def test_cancelled_build_keeps_plans_that_it_did_not_come_to(blocks: Callable[..., Path]) -> None:
+    class Cancelled(BaseException):
+        pass
+
+    def cancel_after_first(phase: str, done: int, total: int) -> None:
+        if phase.startswith("Built"):
+            raise Cancelled
+
+    folder = blocks(depth=1, depth_single=2)
+    engine_dir = folder / SMALL_SPEC.folder_name
+    last = build_engine(folder, SMALL_SPEC, silent).blocks[-1]
+    content = json.loads((engine_dir / MANIFEST).read_text())
+    content["blocks"] = content["blocks"][-1:]
+    (engine_dir / UNFINISHED).write_text(json.dumps(content))
+    (engine_dir / MANIFEST).unlink()
+    with pytest.raises(Cancelled):
+        build_engine(folder, SMALL_SPEC, cancel_after_first)
+    progress = Recorder()
+    manifest = build_engine(folder, SMALL_SPEC, progress)
+    assert progress.built() == ["single_blocks.0"]
+    assert manifest.blocks[-1] == last
 
 
 def test_automatic_number_of_workers_is_that_of_the_machine(

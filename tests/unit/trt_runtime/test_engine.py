@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -204,3 +205,13 @@ def test_variants_that_need_more_memory_are_reckoned_with(
     reported = max(entry.activation_bytes for entry in manifest.blocks)
     executor.activation_bytes = 2 * reported
     assert engine.activation_bytes(2, 256, 32) == 2 * reported
+
+
+def test_opening_says_what_the_checks_took(
+    engine_copy: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "flux_fp4.trt_runtime.manifest"):
+        Engine.open(engine_copy)
+    assert "Checked 2 plans, 0.0 GB, in " in caplog.text
+    assert "ONNX files" in caplog.text
+    assert "digests of plans" in caplog.text

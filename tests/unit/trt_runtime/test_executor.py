@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,25 @@ def test_load_prepares_the_device_then_each_block(
     library.calls.clear()
     executor.load(CPU)
     assert library.calls == []
+
+
+def test_load_says_what_it_took_and_for_what(
+    executor: TensorRTExecutor, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "flux_fp4.trt_runtime.executor"):
+        executor.load(CPU)
+        executor.load(CPU)
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert message.startswith("Loaded 2 plans in ")
+    parts = re.findall(r"([a-z ]+) \d+\.\d[,)]", message)
+    assert [part.strip() for part in parts] == [
+        "library",
+        "digests",
+        "deserialization",
+        "contexts",
+        "kernel cache",
+        "rest",
+    ]
 
 
 def test_all_contexts_share_one_kernel_cache(

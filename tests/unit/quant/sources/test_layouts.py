@@ -155,6 +155,34 @@ def test_file_that_changed_after_opening_is_refused(state: State, tmp_path: Path
         source.tensors(["img_in.weight"])
 
 
+def test_reading_ahead_reads_the_whole_block_and_stops_when_asked(
+    state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flux_fp4.quant.sources.files._READ_BYTES", 1000)
+    source = open_source(single_file(state, tmp_path))
+    block = {name: value for name, value in state.items() if name.startswith("single_blocks.0.")}
+    asked: list[bool] = []
+
+    def stopping() -> bool:
+        asked.append(len(asked) >= limit)
+        return asked[-1]
+
+    limit = 10**9
+    source.read_ahead("single_blocks.0", stopping)
+    assert len(asked) == sum(-(-value.nbytes // 1000) for value in block.values())
+    asked.clear()
+    limit = 2
+    source.read_ahead("single_blocks.0", stopping)
+    assert asked == [False, False, True]
+
+
+def test_reading_ahead_in_a_file_that_changed_is_refused(state: State, tmp_path: Path) -> None:
+    source = open_source(single_file(state, tmp_path))
+    single_file({**state, "img_in.bias": state["img_in.bias"].float()}, tmp_path)
+    with pytest.raises(DamagedCheckpointError, match="changed since it was opened"):
+        source.read_ahead("single_blocks.0", lambda: False)
+
+
 def test_digest_is_that_of_the_content(state: State, tmp_path: Path) -> None:
     def digest(changed: State, folder: str) -> str:
         (tmp_path / folder).mkdir()
