@@ -129,7 +129,7 @@ def recipe_row(
     recipe: str,
     fp8_attention: bool = True,
     modulation: Format = "bf16",
-    refinements: int = 0,
+    refinements: int | None = None,
     distilled: bool = False,
     scale_search: Literal["max", "mse"] | None = None,
     steps: int = 0,
@@ -138,14 +138,14 @@ def recipe_row(
     """Return the row of a recipe of the pack; what is named here is not as the recipe has it."""
     parts = [recipe]
     parts += [f"scales by {scale_search}"] if scale_search else []
-    parts += [f"{refinements} refinements"] if refinements else []
+    parts += [] if refinements is None else [f"{refinements} refinements"]
     parts += [] if fp8_attention else ["bf16 attention"]
     parts += [] if modulation == "bf16" else [f"{modulation} modulation"]
     parts += [f"{steps} steps"] if steps else []
     parts += [] if pictures is CALIBRATION else [f"{len(pictures)} pictures"]
     parts += ["qad"] if distilled else []
     chosen = named_recipe(recipe)
-    if refinements:
+    if refinements is not None:
         assert chosen.low_rank is not None
         low_rank = chosen.low_rank.model_copy(update={"refinements": refinements})
         chosen = chosen.model_copy(update={"low_rank": low_rank})
@@ -270,8 +270,6 @@ ATTENTION = (
 SCALES = (
     recipe_row("nvfp4-awq", scale_search="max", fp8_attention=False),
     recipe_row("nvfp4-awq", fp8_attention=False),
-    recipe_row("nvfp4-svdquant-r32", scale_search="max", fp8_attention=False),
-    recipe_row("nvfp4-svdquant-r32", fp8_attention=False),
     recipe_row("nvfp4-qat", scale_search="max"),
     recipe_row("nvfp4-qat"),
 )
@@ -279,9 +277,9 @@ SCALES = (
 
 REFINEMENTS = tuple(
     recipe_row("nvfp4-svdquant-r32", fp8_attention=False, refinements=count)
-    for count in (0, 1, 2, 4, 8, 16)
+    for count in (0, 1, None, 4, 8, 16)
 )
-"""How often the branch is fitted again to what rounding has left over."""
+"""How often the branch is fitted again to what rounding has left over; by default twice."""
 
 MORE = range(512)
 
@@ -310,6 +308,7 @@ OTHERS = (
     modelopt_row("NVFP4_AWQ_LITE_CFG"),
     recipe_row("nvfp4-awq", fp8_attention=False),
     modelopt_row("NVFP4_SVDQUANT_DEFAULT_CFG"),
+    recipe_row("nvfp4-svdquant-r32", fp8_attention=False),
     recipe_row("nvfp4-svdquant-r32", fp8_attention=False, refinements=16),
 )
 """What other software makes, beside what compares with it here."""
