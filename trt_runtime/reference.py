@@ -11,14 +11,15 @@ from .adapters import FactorStore, factor_inputs
 from .errors.run import EngineNotLoadedError
 from .reference_session import BlockSession
 from .reference_weights import Scratch
+from .resources import free_memory
 from .selection import Selection
 from .signature import BlockSignature, read_block_folder
 from .variant_plans import form_signature
 
-KEPT_BYTES = 1 << 30
-"""How much fp32 is kept for the blocks that come first: all of a small model, one block of
-FLUX.1-dev. The others are dequantized in every run, which `benchmarks/reference.py` times: what it
-costs is little for the seven times smaller memory."""
+KEPT_SHARE = 4
+"""One part in so many of the free memory holds matrices in fp32, eight times what FP4 takes. The
+blocks that come first are kept so: all of a small model, of FLUX.1-dev one for each 0.5 to 0.9 GB.
+The others are dequantized in every run, a tenth to a fifth of its time."""
 
 
 class ReferenceExecutor:
@@ -26,15 +27,18 @@ class ReferenceExecutor:
 
     Args:
         folder: Holds the blocks' ONNX files; each is checked before ONNX Runtime sees it.
-        kept_bytes: How much memory matrices may take in fp32 between runs.
+        kept_bytes: How much memory matrices may take in fp32 between runs; None: a part of what
+            is free now.
     """
 
-    def __init__(self, folder: Path, kept_bytes: int = KEPT_BYTES) -> None:
+    def __init__(self, folder: Path, kept_bytes: int | None = None) -> None:
         self._folder = folder
         self._signatures = {s.block: s for s in read_block_folder(folder)}
         self._used = dict(self._signatures)
         self._factors = FactorStore()
         self._sessions: dict[str, BlockSession] = {}
+        if kept_bytes is None:
+            kept_bytes = free_memory().free // KEPT_SHARE
         self._kept = blocks_to_keep(self._signatures.values(), kept_bytes)
         self._scratch = Scratch()
 

@@ -1,4 +1,4 @@
-"""One block in ONNX Runtime on the CPU."""
+"""One block in ONNX Runtime on the CPU, as ``reference_graph`` rewrites it."""
 
 from __future__ import annotations
 
@@ -32,12 +32,13 @@ class BlockSession:
         self.path = path
         model, matrices = reference_model(path)
         self._session = onnxruntime.InferenceSession(
-            model.SerializeToString(), _options(), providers=["CPUExecutionProvider"]
+            model.SerializeToString(), session_options(), providers=["CPUExecutionProvider"]
         )
         del model
         self._matrices = BlockMatrices(matrices, scratch)
         self._run_options = onnxruntime.RunOptions()
-        # what a run allocates is used by its nodes in turns, and given back after it
+        # Nodes use what other nodes have used before, and all is given back after the run. From the
+        # system anew for every node, memory took as long as the arithmetic on it.
         self._run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         self.output_names = [output.name for output in self._session.get_outputs()]
 
@@ -50,7 +51,12 @@ class BlockSession:
         return results
 
 
-def _options() -> onnxruntime.SessionOptions:
+def session_options() -> onnxruntime.SessionOptions:
+    """Return how a block's graph is run.
+
+    ONNX Runtime may optimize it: no FP8 is left, whose nodes 1.23, the last for Python 3.10, moved
+    about. It multiplies by matrices as they lie, ``[N, K]``, and never transposes them.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

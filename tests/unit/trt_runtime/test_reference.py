@@ -9,10 +9,12 @@ import onnx
 import pytest
 import torch
 from flux_fp4.tests.unit.trt_runtime.block_inputs import block_inputs
+from flux_fp4.trt_runtime import reference
 from flux_fp4.trt_runtime.errors.blocks import BlocksMissingError
 from flux_fp4.trt_runtime.errors.run import EngineNotLoadedError
 from flux_fp4.trt_runtime.manifest import load_manifest
 from flux_fp4.trt_runtime.reference import ReferenceExecutor, blocks_to_keep, fp32_bytes
+from flux_fp4.trt_runtime.resources import Memory
 from flux_fp4.trt_runtime.signature import read_block_folder
 from safetensors.torch import load_file
 
@@ -65,6 +67,18 @@ def test_weight_bytes_are_what_is_kept_what_is_stored_and_one_place(built_folder
         fp32_bytes(double) + single.weight_bytes + fp32_bytes(single),
         fp32_bytes(double) + fp32_bytes(single),
     ]
+
+
+def test_limit_is_a_part_of_the_free_memory(
+    built_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    double, single = read_block_folder(built_folder)
+    for free in (4 * fp32_bytes(double) - 1, 4 * fp32_bytes(double)):
+        monkeypatch.setattr(reference, "free_memory", lambda free=free: Memory(free, 1 << 40))
+        limited = ReferenceExecutor(built_folder, free // 4).weight_bytes
+        assert ReferenceExecutor(built_folder).weight_bytes == limited
+    dequantized = double.weight_bytes + single.weight_bytes + fp32_bytes(double)
+    assert limited != dequantized
 
 
 def test_kept_and_dequantized_matrices_give_the_same_bits(built_folder: Path) -> None:
