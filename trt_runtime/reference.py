@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from .adapters import FactorStore, factor_inputs
 from .errors.run import EngineNotLoadedError
-from .reference_graph import reference_model
+from .reference_session import BlockSession
+from .reference_weights import Scratch
+from .resources import free_memory
 from .selection import Selection
 from .signature import BlockSignature, read_block_folder
 from .variant_plans import form_signature
 
-if TYPE_CHECKING:
-    import onnxruntime
-
-    Session = tuple[Path, onnxruntime.InferenceSession]
-    """With the file it was made from."""
-
-MAX_THREADS = 16
-"""Beyond this, blocks of FLUX size gain nothing on a desktop CPU and take threads from ComfyUI."""
-
-
-BYTES_PER_PACKED_BYTE = 4
-"""An FP4 value takes a byte as E4M3, and ONNX Runtime 1.32 holds initializers twice: a block of
-64 MB takes 234 MB, one of 127 MB takes 478 MB."""
+KEPT_SHARE = 4
+"""One part in so many of the free memory holds matrices in fp32, eight times what FP4 takes. The
+blocks that come first are kept so: all of a small model, of FLUX.1-dev one for each 0.5 to 0.9 GB.
+The others are dequantized in every run, a tenth to a fifth of its time."""
 
 
 class ReferenceExecutor:
@@ -36,14 +27,20 @@ class ReferenceExecutor:
 
     Args:
         folder: Holds the blocks' ONNX files; each is checked before ONNX Runtime sees it.
+        kept_bytes: How much memory matrices may take in fp32 between runs; None: a part of what
+            is free now.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, kept_bytes: int | None = None) -> None:
         self._folder = folder
         self._signatures = {s.block: s for s in read_block_folder(folder)}
         self._used = dict(self._signatures)
         self._factors = FactorStore()
-        self._sessions: dict[str, Session] = {}
+        self._sessions: dict[str, BlockSession] = {}
+        if kept_bytes is None:
+            kept_bytes = free_memory().free // KEPT_SHARE
+        self._kept = blocks_to_keep(self._signatures.values(), kept_bytes)
+        self._scratch = Scratch()
 
     @property
     def loaded(self) -> bool:
@@ -52,9 +49,12 @@ class ReferenceExecutor:
 
     @property
     def weight_bytes(self) -> int:
-        """Main memory that weights and factors take."""
-        packed = sum(used.weight_bytes for used in self._used.values())
-        return BYTES_PER_PACKED_BYTE * packed + self._factors.bytes
+        """Main memory that weights and factors take, with the place to dequantize a block in."""
+        kept = sum(fp32_bytes(self._used[block]) for block in self._kept)
+        others = [used for block, used in self._used.items() if block not in self._kept]
+        stored = sum(used.weight_bytes for used in others)
+        scratch = max((fp32_bytes(used) for used in others), default=0)
+        return kept + stored + scratch + self._factors.bytes
 
     def bytes_within(self, limit: int | None) -> int:
         """Return the same for every limit."""
@@ -80,6 +80,7 @@ class ReferenceExecutor:
     def unload(self) -> None:
         """Free all sessions."""
         self._sessions = {}
+        self._scratch.release()
         self._factors.release()
 
     @property
@@ -107,7 +108,7 @@ class ReferenceExecutor:
 
     def run(self, block: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Run one block in fp32 on the CPU; results are fp32 on the inputs' device."""
-        _, session = self._sessions.get(block, (None, None))
+        session = self._sessions.get(block)
         if session is None:
             raise EngineNotLoadedError(block)
         device = next(iter(inputs.values())).device
@@ -115,21 +116,21 @@ class ReferenceExecutor:
             name: tensor.detach().to("cpu", torch.float32).contiguous().numpy()
             for name, tensor in (*inputs.items(), *self._factors.inputs_of(block).items())
         }
-        names = [output.name for output in session.get_outputs()]
-        results = session.run(names, feed)
+        results = session.run(session.output_names, feed)
         return {
             name: torch.from_numpy(result).to(device)
-            for name, result in zip(names, results, strict=True)
+            for name, result in zip(session.output_names, results, strict=True)
         }
 
     def _create_sessions(self) -> None:
         """Load what shall run and is not loaded."""
         for block, signature in self._used.items():
-            path, _ = self._sessions.get(block, (None, None))
-            if path != signature.path:
-                # the old one goes first
-                self._sessions.pop(block, None)
-                self._sessions[block] = (signature.path, session_from_onnx(signature.path))
+            if block in self._sessions and self._sessions[block].path == signature.path:
+                continue
+            # the old one goes first
+            self._sessions.pop(block, None)
+            scratch = None if block in self._kept else self._scratch
+            self._sessions[block] = BlockSession(signature.path, scratch)
         self._factors.place(torch.device("cpu"))
 
     def _form(self, block: str, selection: Selection) -> BlockSignature:
@@ -141,22 +142,22 @@ class ReferenceExecutor:
         return form_signature(folder, name, self._signatures[block].checkpoint_digest)
 
 
-def session_from_onnx(path: Path) -> onnxruntime.InferenceSession:
-    """Return a CPU session for a block file whose weights stay quantized in memory."""
-    import onnxruntime
+def blocks_to_keep(signatures: Iterable[BlockSignature], limit: int) -> frozenset[str]:
+    """Return the first blocks whose matrices in fp32 fit into ``limit`` bytes together."""
+    kept = set()
+    for signature in signatures:
+        limit -= fp32_bytes(signature)
+        if limit < 0:
+            break
+        kept.add(signature.block)
+    return frozenset(kept)
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = min(os.cpu_count() or 1, MAX_THREADS)
-    # Many sessions, one running: idle threads must not spin, and activations must not stay
-    # allocated.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.enable_cpu_mem_arena = False
-    # The graph runs as written: ONNX Runtime 1.23, the last for Python 3.10, otherwise moves FP8
-    # DequantizeLinear nodes about and turns their partners into uint8 ones.
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return onnxruntime.InferenceSession(
-        reference_model(path).SerializeToString(),
-        options,
-        providers=["CPUExecutionProvider"],
-    )
+
+def fp32_bytes(signature: BlockSignature) -> int:
+    """Return the size of a block's weights once they are fp32."""
+    growth = {f"{linear}.weight": 8 for linear in signature.fp4_linears}
+    # block scales are multiplied in
+    growth |= {f"{linear}.weight_scale": 0 for linear in signature.fp4_linears}
+    growth |= {f"{linear}.weight": 4 for linear in signature.fp8_linears}
+    others = 1 if signature.high_precision == "fp32" else 2
+    return sum(growth.get(entry.name, others) * entry.length for entry in signature.ranges)

@@ -23,7 +23,7 @@ from .digest import digest_of_fields
 from .errors.run import SelfTestError
 from .errors.storage import StorageError
 from .manifest import EngineManifest, PlanEntry
-from .reference import session_from_onnx
+from .reference_session import BlockSession
 from .self_test_record import RECORD, REPORT, passed_tests
 from .signature import read_signature
 from .spec import ShapeProfile
@@ -175,7 +175,7 @@ def _reference(
     read_signature(onnx)  # refuses files that ONNX Runtime must not see
     names = list(OUTPUTS[entry.kind])
     feed = {name: tensor.numpy() for name, tensor in inputs.items()}
-    results = session_from_onnx(onnx).run(names, feed)
+    results = BlockSession(onnx).run(names, feed)
     return {name: torch.from_numpy(value) for name, value in zip(names, results, strict=True)}
 
 

@@ -15,7 +15,7 @@ from flux_fp4.quant.flux.model import patchify, text_ids, unpatchify
 from flux_fp4.quant.flux.references import image_and_reference_ids
 from flux_fp4.quant.onnx_export import export_blocks, onnx_path
 from flux_fp4.quant.stack import run_block
-from flux_fp4.trt_runtime.reference import session_from_onnx
+from flux_fp4.trt_runtime.reference_session import BlockSession
 from tiny_flux import TINY, TINY_FLUX2, ignore_progress, random_flux
 from unquantized_checkpoint import save_unquantized
 
@@ -90,7 +90,7 @@ def test_block(
         actual = [output.img] if output.txt is None else [output.img, output.txt]
     else:
         feed = {key: value.numpy() for key, value in inputs.items()}
-        session = session_from_onnx(onnx_path(exported, name))
+        session = BlockSession(onnx_path(exported, name))
         actual = [torch.from_numpy(result) for result in session.run(None, feed)]
     for left, right in zip(expected, actual, strict=True):
         difference = (left - right).abs().max().item()

@@ -14,7 +14,7 @@ from flux_fp4.quant.sqnr import sqnr_db
 from flux_fp4.quant.stack import run_block
 from flux_fp4.tests.unit.trt_runtime.small_spec import SMALL_SPEC
 from flux_fp4.trt_runtime.builder import build_engine
-from flux_fp4.trt_runtime.reference import session_from_onnx
+from flux_fp4.trt_runtime.reference_session import BlockSession
 from mixed_checkpoint import FORMATS, linears_in_plans, save_mixed
 from tiny_flux import TINY_FLUX2, ignore_progress, random_flux
 
@@ -55,7 +55,7 @@ def test_exported_block_computes_what_torch_emulates(
     output = run_block(emulated, sample)
     expected = [output.img] if output.txt is None else [output.img, output.txt]
     feed = {key: value.numpy() for key, value in block_inputs(block, sample).items()}
-    actual = session_from_onnx(onnx_path(checkpoint.path, name)).run(None, feed)
+    actual = BlockSession(onnx_path(checkpoint.path, name)).run(None, feed)
     for left, right in zip(expected, actual, strict=True):
         db = sqnr_db(left, torch.from_numpy(right))
         assert db >= MIN_BLOCK_DB, f"{name}: {db:.1f} dB, at least {MIN_BLOCK_DB} expected"

@@ -15,7 +15,7 @@ from flux_fp4.quant.onnx_export.graph import BlockGraph
 from flux_fp4.quant.onnx_export.linears import linear
 from flux_fp4.quant.quantized_checkpoint import QuantizedCheckpoint
 from flux_fp4.quant.sqnr import sqnr_db
-from flux_fp4.trt_runtime.reference import session_from_onnx
+from flux_fp4.trt_runtime.reference_session import BlockSession
 from mixed_checkpoint import FORMATS, linears_in_plans, save_mixed
 from stored_block import high_precision_block, run_by_name
 from tiny_flux import TINY, TINY_FLUX2, ignore_progress, random_flux
@@ -68,7 +68,7 @@ def test_linear(tmp_path: Path, name: str, kind: str) -> None:
     expected = emulated_linear(
         relative, stored.block_tensors(block), module.get_submodule(relative).bias
     )(values)
-    (actual,) = session_from_onnx(tmp_path / "linear.onnx").run(["y"], {"x": values.numpy()})
+    (actual,) = BlockSession(tmp_path / "linear.onnx").run(["y"], {"x": values.numpy()})
     db = sqnr_db(expected, torch.from_numpy(actual))
     assert db >= MIN_LINEAR_DB, f"{name}: {db:.1f} dB, at least {MIN_LINEAR_DB} expected"
 
@@ -77,7 +77,7 @@ def test_linear(tmp_path: Path, name: str, kind: str) -> None:
 def test_block(checkpoint: QuantizedCheckpoint, name: str) -> None:
     module = high_precision_block(checkpoint, name)
     emulated = emulated_block(module, checkpoint.block_tensors(name))
-    session = session_from_onnx(onnx_path(checkpoint.path, name))
+    session = BlockSession(onnx_path(checkpoint.path, name))
     found = []
     for index in range(SAMPLES):
         state = embedded_sample(index, checkpoint.metadata.config)

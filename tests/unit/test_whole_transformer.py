@@ -19,7 +19,8 @@ from flux_fp4.quant.onnx_export.contract import DOUBLE_MODULATION, SINGLE_MODULA
 from flux_fp4.quant.quantized_checkpoint import QuantizedCheckpoint
 from flux_fp4.quant.sqnr import sqnr_db
 from flux_fp4.trt_runtime.plan import BuildJob, PlanFactory
-from flux_fp4.trt_runtime.reference import ReferenceExecutor, session_from_onnx
+from flux_fp4.trt_runtime.reference import ReferenceExecutor
+from flux_fp4.trt_runtime.reference_session import BlockSession
 from flux_fp4.trt_runtime.signature import read_block_folder
 from mixed_checkpoint import FORMATS, linears_in_plans, save_mixed
 from stored_checkpoint import save_stored
@@ -66,7 +67,7 @@ def step_inputs(config: FluxConfig) -> Inputs:
 
 def velocity_of(path: Path, inputs: Inputs) -> Tensor:
     feed = {name: value.numpy() for name, value in inputs.items()}
-    (velocity,) = session_from_onnx(path).run(["velocity"], feed)
+    (velocity,) = BlockSession(path).run(["velocity"], feed)
     return torch.from_numpy(velocity)
 
 
