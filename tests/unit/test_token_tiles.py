@@ -23,9 +23,9 @@ TOKENS = [(1, 32), (10, 127), (128, 128), (129, 255), (127, 1)]
 
 SAMPLES = 3
 BEST_DB, MIN_DB = 40.0, 25.0
-"""A value that crosses an edge of FP4, which other orders of sums decide, weighs most where a stream
-has a single token. With the padding in front of the tokens, where attention sees it, all measured
-below 10 dB."""
+"""A value that crosses an edge of FP4, which other orders of sums decide, weighs most where a
+stream has a single token. With the padding in front of the tokens, where attention sees it, all
+measured below 10 dB."""
 
 
 @pytest.fixture(scope="module")
