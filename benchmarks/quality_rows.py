@@ -281,17 +281,13 @@ REFINEMENTS = tuple(
 )
 """How often the branch is fitted again to what rounding has left over; by default twice."""
 
-MORE = range(512)
-
 TRAINING = (
     recipe_row("nvfp4-qat"),
     recipe_row("nvfp4-qat", steps=600),
-    recipe_row("nvfp4-qat", pictures=MORE),
-    recipe_row("nvfp4-qat", steps=600, pictures=MORE),
+    recipe_row("nvfp4-qat", pictures=range(512)),
     recipe_row("nvfp4-mse", distilled=True),
-    recipe_row("nvfp4-qat", distilled=True),
 )
-"""Longer training, with more pictures, and both kinds of it one after the other."""
+"""Longer training, more pictures, and that of the whole model."""
 
 MODULATION = (
     recipe_row("nvfp4-mse", modulation="fp8"),

@@ -53,7 +53,7 @@ def quantize_changed_blocks(
         statistics: Folder that holds the statistics of ``base``.
         progress: Called before each block and at least once per Linear; may raise to cancel.
         device: Where to compute.
-        dtype: Type to compute reports in; None takes ``report_dtype(device)``.
+        dtype: Type to compute reports in; None takes ``report_dtype``.
 
     Returns:
         The header of the written file, whose ``base_digest`` is the content digest of ``base``.
@@ -72,7 +72,7 @@ def quantize_changed_blocks(
             raise StatisticsMissingError(base.name, block)
     linears = [f"{block}.{linear}" for block in blocks for linear in block_linears(block)]
     formats = {linear: base.linear_format(linear) for linear in linears}
-    dtype = dtype or report_dtype(device)
+    dtype = dtype or report_dtype(device, metadata.options.recipe)
     work = BlockWork(source, metadata.options, folder, formats, device, dtype)
     layout = _changed_layout(work, blocks)
     with CheckpointWriter(destination, layout, _job(work, base)) as writer:

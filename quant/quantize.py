@@ -53,7 +53,7 @@ def quantize_checkpoint(
         progress: Called before and after each block, and between samples; may raise to cancel.
         device: Where to compute.
         dtype: Type to compute in; None takes ``compute_dtype(device)``, and for what only the
-            report depends on ``report_dtype(device)``.
+            report depends on ``report_dtype``.
         record: Told how long each block took.
 
     Returns:
@@ -71,8 +71,7 @@ def quantize_checkpoint(
         CheckpointBusyError: Another process is writing the same checkpoint.
     """
     started = time.monotonic()
-    training = options.recipe.training is not None
-    measuring = dtype or (compute_dtype if training else report_dtype)(device)
+    measuring = dtype or report_dtype(device, options.recipe)
     dtype = dtype or compute_dtype(device)
     folder = StatisticsFolder(statistics, source.digest(), calibration.digest())
     formats = recipe_formats(source.config, options)
@@ -86,7 +85,7 @@ def quantize_checkpoint(
     layout = checkpoint_layout(source, formats, options)
     blocks = source.config.block_names
     with CheckpointWriter(destination, layout, _job(work, calibration)) as writer:
-        if training:
+        if options.recipe.training is not None:
             write_trained_blocks(blocks, work, calibration, layout, writer, progress, record)
         else:
             write_blocks(blocks, work, layout, writer, progress, record)

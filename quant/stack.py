@@ -25,6 +25,7 @@ from .flux.config import FluxConfig, block_linears
 from .flux.model import Embedders, LastLayer
 from .nvfp4 import finite_amax
 from .progress import Progress, Record, unrecorded
+from .recipe import Recipe
 from .sqnr import SQNR
 from .statistics import BlockObserver, BlockStatistics, probe_states
 from .statistics_files import StatisticsFolder
@@ -44,14 +45,18 @@ def compute_dtype(device: str) -> torch.dtype:
     return torch.float32
 
 
-def report_dtype(device: str) -> torch.dtype:
+def report_dtype(device: str, recipe: Recipe) -> torch.dtype:
     """Return the type to measure quantized blocks in: nothing that is written depends on it.
 
     A CPU that multiplies bf16 without matrix units (AVX512_BF16) does so several times as fast as
-    fp32, and SQNRs differ by hundredths of a dB. Calibration stays in ``compute_dtype``: ranges of
-    activations go into the result.
+    fp32. With every Linear in plain NVFP4, SQNRs differ by hundredths of a dB. What is finer than
+    that, bf16 would make look coarser: it rounds tokens to which a block adds little. Calibration
+    and training stay in ``compute_dtype``: they go into the result.
     """
-    if torch.cpu._is_avx512_bf16_supported():
+    is_plain = recipe.linears == "nvfp4" and not (
+        recipe.overrides or recipe.auto or recipe.low_rank or recipe.training
+    )
+    if is_plain and torch.cpu._is_avx512_bf16_supported():
         return torch.bfloat16
     return compute_dtype(device)
 

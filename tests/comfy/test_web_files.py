@@ -32,7 +32,7 @@ def test_texts_name_only_existing_nodes_and_inputs(
 def test_workflows_are_templates(client: ComfyClient) -> None:
     names = set(client.get("/workflow_templates")[PACK_FOLDER])
     assert names == {path.stem for path in WORKFLOWS}
-    assert len(names) == 14
+    assert len(names) == 15
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.stem)

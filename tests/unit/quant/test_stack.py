@@ -8,7 +8,7 @@ import pytest
 import torch
 from flux_fp4.quant.quantize import quantize_checkpoint
 from flux_fp4.quant.quantized_checkpoint import QuantizedCheckpoint
-from flux_fp4.quant.recipe import QuantizeOptions
+from flux_fp4.quant.recipe import QuantizeOptions, named_recipe
 from flux_fp4.quant.sources.source import open_source
 from flux_fp4.quant.stack import compute_dtype, report_dtype
 from tiny_flux import ignore_progress, random_samples
@@ -24,7 +24,19 @@ def test_bf16_where_the_cpu_multiplies_it(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: multiplies_bf16)
     expected = torch.bfloat16 if multiplies_bf16 else compute_dtype("cpu")
-    assert report_dtype("cpu") is expected
+    for recipe in ("nvfp4-max", "nvfp4-mse", "nvfp4-awq"):
+        assert report_dtype("cpu", named_recipe(recipe)) is expected
+
+
+@pytest.mark.parametrize(
+    "recipe", ["auto", "fp8", "bf16", "nvfp4-fp8mix", "nvfp4-svdquant-r16", "nvfp4-qat"]
+)
+def test_what_is_finer_than_nvfp4_is_measured_as_it_is_calibrated(
+    monkeypatch: pytest.MonkeyPatch, recipe: str
+) -> None:
+    """In bf16, `auto` reported 24.0 dB of a block that it had measured above 25 dB."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert report_dtype("cpu", named_recipe(recipe)) is compute_dtype("cpu")
 
 
 def test_report_in_bf16_changes_no_tensor_and_hardly_the_report(
@@ -33,7 +45,9 @@ def test_report_in_bf16_changes_no_tensor_and_hardly_the_report(
     results = []
     for dtype in (torch.float32, torch.bfloat16):
         monkeypatch.setattr("flux_fp4.quant.quantize.compute_dtype", lambda _device: torch.float32)
-        monkeypatch.setattr("flux_fp4.quant.quantize.report_dtype", lambda _device, d=dtype: d)
+        monkeypatch.setattr(
+            "flux_fp4.quant.quantize.report_dtype", lambda _device, _recipe, d=dtype: d
+        )
         results.append(quantize(source, tmp_path / str(dtype)))
     in_fp32, in_bf16 = (result.metadata for result in results)
     assert in_fp32.content_digest == in_bf16.content_digest

@@ -116,7 +116,7 @@ def test_sharded_processes_equal_one(inputs: Path, models: Path, tmp_path: Path)
         assert report is not None
         assert report.after_db > report.before_db
     assert logged_values(models, "sqnr_db") == pytest.approx(
-        logged_values(alone, "sqnr_db"), abs=0.1
+        logged_values(alone, "sqnr_db"), abs=0.3
     )
 
 
