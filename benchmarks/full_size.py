@@ -39,6 +39,7 @@ from flux_fp4.quant.flux.model import tensor_shapes  # noqa: E402
 from flux_fp4.quant.onnx_export import export_blocks  # noqa: E402
 from flux_fp4.quant.quantize import quantize_checkpoint  # noqa: E402
 from flux_fp4.quant.recipe import QuantizeOptions, named_recipe  # noqa: E402
+from flux_fp4.quant.roofline.published import PUBLISHED  # noqa: E402
 from flux_fp4.quant.sources.source import open_source  # noqa: E402
 from flux_fp4.quant.stack import (  # noqa: E402
     block_statistics,
@@ -50,22 +51,7 @@ from flux_fp4.quant.statistics_files import StatisticsFolder  # noqa: E402
 from flux_fp4.trt_runtime.builder import build_engine  # noqa: E402
 from flux_fp4.trt_runtime.spec import BuildSpec, ShapeProfile  # noqa: E402
 
-FLUX1_DEV = FluxConfig(
-    in_channels=16,
-    out_channels=16,
-    vec_in_dim=768,
-    context_in_dim=4096,
-    hidden_size=3072,
-    mlp_ratio=4.0,
-    num_heads=24,
-    depth=19,
-    depth_single_blocks=38,
-    axes_dim=(16, 56, 56),
-    theta=10_000,
-    patch_size=2,
-    qkv_bias=True,
-    guidance_embed=True,
-)
+FLUX1_DEV = PUBLISHED["flux1-dev"]
 SAMPLES, SIDE, TEXT_TOKENS = 4, 32, 64
 """Random weights need no good samples: four of 16x16 image tokens (256x256 pixels)."""
 

@@ -198,30 +198,16 @@ def _text(
     rounds: int,
     model: Any,
 ) -> str:
-    from ..quant.quality.tables import text_table
-    from ..quant.roofline.report import bound_text, milliseconds
+    from ..quant.roofline.report import bound_text
     from ..trt_runtime.backend import REFERENCE
 
-    tested = timings["tested"].step.median
-    header = ("model", "first step", "step", "half of all", f"{steps} steps", "x")
-    rows = [
-        (
-            name,
-            f"{timing.first:.2f} s",
-            milliseconds(timing.step.median),
-            f"{1000 * timing.step.low:.1f} to {milliseconds(timing.step.high)}",
-            f"{timing.picture:.2f} s",
-            f"{timing.step.median / tested:.2f}",
-        )
-        for name, timing in timings.items()
-    ]
     device = comfy.model_management.get_torch_device_name(model.load_device)
     lines = [
         f"{device}: {sizes.img_tokens} image and {sizes.txt_tokens} text tokens, batch "
         f"{sizes.batch}; {rounds} rounds in turns",
         *(f"{name}: {timing.name}" for name, timing in timings.items()),
         "",
-        text_table(header, rows),
+        _table(timings, steps),
         "x: how many steps the tested model makes in one of theirs.",
         *(
             f"{name} runs on the slow CPU reference: its times say nothing about FP4."
@@ -232,10 +218,29 @@ def _text(
     ]
     if bound is None:
         return "\n".join([*lines, f"No limit is shown: {missing}"])
-    reached = (
-        f"The tested model reaches {bound.seconds / tested:.0%} of the speed that is possible."
-    )
-    return "\n".join([*lines, reached, bound_text(timings["tested"].name, bound, sizes, steps)])
+    tested = timings["tested"]
+    part = bound.seconds / tested.step.median
+    reached = f"The tested model reaches {part:.0%} of the possible speed."
+    return "\n".join([*lines, reached, bound_text(tested.name, bound, sizes, steps)])
+
+
+def _table(timings: dict[str, ModelTiming], steps: int) -> str:
+    from ..quant.quality.tables import text_table
+    from ..quant.roofline.report import milliseconds
+
+    header = ("model", "first step", "step", "half of all", f"{steps} steps", "x")
+    rows = [
+        (
+            name,
+            f"{timing.first:.2f} s",
+            milliseconds(timing.step.median),
+            f"{1000 * timing.step.low:.1f} to {milliseconds(timing.step.high)}",
+            f"{timing.picture:.2f} s",
+            f"{timing.step.median / timings['tested'].step.median:.2f}",
+        )
+        for name, timing in timings.items()
+    ]
+    return text_table(header, rows)
 
 
 def _chart(timings: dict[str, ModelTiming], bound: StepBound | None) -> Any:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..chart_style import BLUE, ORANGE, TEXT, YELLOW, new_figure, pixels_of, styled
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _HEIGHT = 0.38
 _COLOURS = (BLUE, ORANGE)
@@ -52,16 +56,7 @@ def timing_chart(
         places = _places(rows)
         for label, colour in zip(labels, _COLOURS, strict=False):
             chosen = [(places[key], bar) for key, bar in _bars(rows) if bar.label == label]
-            drawn = axes.barh(
-                [place for place, _ in chosen],
-                [1000 * bar.median for _, bar in chosen],
-                _HEIGHT,
-                xerr=_errors([bar for _, bar in chosen]),
-                color=colour,
-                ecolor=TEXT,
-                label=label,
-            )
-            axes.bar_label(drawn, [f"{1000 * bar.median:.2f} ms" for _, bar in chosen], padding=8)
+            _draw_bars(axes, label, colour, chosen)
         known = [name for name in rows if name in least]
         if known:
             marks = [1000 * least[name] for name in known]
@@ -76,6 +71,21 @@ def timing_chart(
         figure.suptitle(title)
         figure.legend(loc="outside lower center", ncols=3, markerscale=0.5)
         return pixels_of(figure)
+
+
+def _draw_bars(
+    axes: Axes, label: str, colour: str, placed: Sequence[tuple[float, TimedBar]]
+) -> None:
+    drawn = axes.barh(
+        [place for place, _ in placed],
+        [1000 * bar.median for _, bar in placed],
+        _HEIGHT,
+        xerr=_errors([bar for _, bar in placed]),
+        color=colour,
+        ecolor=TEXT,
+        label=label,
+    )
+    axes.bar_label(drawn, [f"{1000 * bar.median:.2f} ms" for _, bar in placed], padding=8)
 
 
 def _bars(rows: Mapping[str, Sequence[TimedBar]]) -> list[tuple[tuple[str, int], TimedBar]]:
