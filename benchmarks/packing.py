@@ -192,7 +192,7 @@ def report_type() -> torch.dtype:
     """Return the type that a quantization measures its report in."""
     from flux_fp4.quant import stack
 
-    return stack.report_dtype("cpu")
+    return stack.report_dtype("cpu", OPTIONS.recipe)
 
 
 def upcast(weight: torch.Tensor) -> None:
