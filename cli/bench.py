@@ -18,12 +18,10 @@ if TYPE_CHECKING:
     import torch
 
     from ..quant.flux.config import FluxConfig
-    from ..trt_runtime.benchmark import Baseline, CallSizes, EngineTiming, Spread
+    from ..quant.roofline.work import StepSizes
+    from ..trt_runtime.benchmark import Baseline, EngineTiming, Spread
     from ..trt_runtime.engine import Engine
     from .bench_bounds import MeasuredBound
-
-PATCH_PIXELS = 16
-"""Side of the picture's part that is one token."""
 
 BACKENDS = ("auto", "tensorrt_rtx", "tensorrt", "reference")
 
@@ -58,13 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(chosen: argparse.Namespace) -> int:
     """Measure and print, or explain."""
-    from ..quant.roofline.work import StepSizes
-
     sizes = _sizes(chosen)
     if chosen.explain:
-        return explain.explain(chosen, StepSizes(**asdict(sizes)))
+        return explain.explain(chosen, sizes)
     if chosen.gemms:
-        return bench_gemms.measure(chosen, StepSizes(**asdict(sizes)))
+        return bench_gemms.measure(chosen, sizes)
     if chosen.engine is None:
         raise OptionError("ENGINE", "none was named; --explain and --gemms work without")
     folders = model_folders(chosen.models)
@@ -74,7 +70,7 @@ def run(chosen: argparse.Namespace) -> int:
     from ..quant.chart_style import save_chart
     from ..quant.quantized_checkpoint import QuantizedCheckpoint
     from ..quant.roofline.subjects import checkpoint_subject
-    from ..trt_runtime.benchmark import measure_engine
+    from ..trt_runtime.benchmark import CallSizes, measure_engine
     from ..trt_runtime.engine import Engine
     from .bench_bounds import measured_bound
     from .progress import CommandProgress
@@ -83,14 +79,14 @@ def run(chosen: argparse.Namespace) -> int:
     engine = Engine.open(folder, chosen.backend)
     if engine.manifest.checkpoint_digest != metadata.content_digest:
         raise OutdatedEngineError(chosen.engine)
-    device = _device(engine)
+    device, calls = _device(engine), CallSizes(**asdict(sizes))
     baselines = _baselines(metadata.config, device)
     with CommandProgress() as progress:
         timing = measure_engine(
-            engine, sizes, baselines, device, chosen.warm_up, chosen.repetitions, progress
+            engine, calls, baselines, device, chosen.warm_up, chosen.repetitions, progress
         )
     subject = checkpoint_subject(checkpoint.stem, metadata).running()
-    bound = measured_bound(subject, StepSizes(**asdict(sizes)), device)
+    bound = measured_bound(subject, sizes, device)
     report = _report(chosen, engine, timing, device, sizes, bound)
     _show(report, timing, bound)
     if chosen.chart is not None:
@@ -102,8 +98,9 @@ def run(chosen: argparse.Namespace) -> int:
     return 0
 
 
-def _sizes(chosen: argparse.Namespace) -> CallSizes:
-    from ..trt_runtime.benchmark import CallSizes
+def _sizes(chosen: argparse.Namespace) -> StepSizes:
+    from ..quant.flux.config import PATCH_PIXELS
+    from ..quant.roofline.work import StepSizes
 
     for option in ("width", "height"):
         pixels = getattr(chosen, option)
@@ -114,7 +111,7 @@ def _sizes(chosen: argparse.Namespace) -> CallSizes:
             name = f"--{option}".replace("_", "-")
             raise OptionError(name, f"{getattr(chosen, option)} is below 1")
     img_tokens = chosen.width * chosen.height // PATCH_PIXELS**2
-    return CallSizes(chosen.batch, img_tokens, chosen.text_tokens)
+    return StepSizes(chosen.batch, img_tokens, chosen.text_tokens)
 
 
 def _device(engine: Engine) -> torch.device:
@@ -170,7 +167,7 @@ def _report(
     engine: Engine,
     timing: EngineTiming,
     device: torch.device,
-    sizes: CallSizes,
+    sizes: StepSizes,
     bound: MeasuredBound | None,
 ) -> dict[str, Any]:
     import torch

@@ -67,17 +67,14 @@ def measured_bound(
     subject: Subject, sizes: StepSizes, device: torch.device
 ) -> MeasuredBound | None:
     """Return the bound on a device; None on a CPU, and for a GPU whose peaks are not known."""
-    import torch
-
     from ..quant.errors.speed import FormatNotInGpuError, UnknownGpuError
     from ..quant.roofline.bounds import block_bounds, step_bound
-    from ..quant.roofline.gpus import gpu_peaks
+    from ..quant.roofline.gpus import device_peaks
 
     if device.type != "cuda":
         return None
-    memory = torch.cuda.get_device_properties(device).total_memory
     try:
-        gpu = gpu_peaks(torch.cuda.get_device_name(device), memory)
+        gpu = device_peaks(device)
         step = step_bound(subject.config, sizes, subject.options, gpu, steps=20)
         kinds = block_bounds(subject.config, sizes, subject.options, gpu)
     except (UnknownGpuError, FormatNotInGpuError) as error:

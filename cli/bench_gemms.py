@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from .errors import OptionError
+from .explain import published_name
 
 if TYPE_CHECKING:
     import torch
@@ -58,9 +58,7 @@ def model_gemms(model: str, sizes: StepSizes) -> list[Gemm]:
     from ..quant.roofline.published import PUBLISHED
     from ..trt_runtime.gemm_benchmark import Gemm
 
-    if model not in PUBLISHED:
-        raise OptionError("--model", f"{model!r} is none of {', '.join(PUBLISHED)}")
-    config = PUBLISHED[model]
+    config = PUBLISHED[published_name(model)]
     tokens = {"img": sizes.img_tokens, "txt": sizes.txt_tokens}
     both = sizes.img_tokens + sizes.txt_tokens
     return [
@@ -75,15 +73,13 @@ def model_gemms(model: str, sizes: StepSizes) -> list[Gemm]:
 
 
 def _peaks(device: torch.device) -> GpuPeaks | None:
-    import torch
-
     from ..quant.errors.speed import UnknownGpuError
-    from ..quant.roofline.gpus import gpu_peaks
+    from ..quant.roofline.gpus import device_peaks
 
     if device.type != "cuda":
         return None
     try:
-        return gpu_peaks(torch.cuda.get_device_name(device))
+        return device_peaks(device)
     except UnknownGpuError as error:
         print(f"Parts of peaks are not shown. {error}")
         return None

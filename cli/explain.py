@@ -13,9 +13,6 @@ if TYPE_CHECKING:
     from ..quant.roofline.subjects import Subject
     from ..quant.roofline.work import StepSizes
 
-MAX_RANK = 512
-"""As plans take, ``trt_runtime.spec.MAX_LORA_RANK``."""
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what explaining takes beside the sizes of `bench`."""
@@ -52,11 +49,12 @@ def explain(chosen: argparse.Namespace, sizes: StepSizes) -> int:
     """Print the bound of what was chosen."""
     from ..quant.roofline.bounds import step_bound
     from ..quant.roofline.report import bound_text
+    from ..trt_runtime.spec import MAX_LORA_RANK
 
     if chosen.steps < 1:
         raise OptionError("--steps", f"{chosen.steps} is below 1")
-    if not 0 <= chosen.lora_rank <= MAX_RANK:
-        raise OptionError("--lora-rank", f"{chosen.lora_rank} is not from 0 to {MAX_RANK}")
+    if not 0 <= chosen.lora_rank <= MAX_LORA_RANK:
+        raise OptionError("--lora-rank", f"{chosen.lora_rank} is not from 0 to {MAX_LORA_RANK}")
     subject = _subject(chosen).running(chosen.lora_rank, chosen.modulation_on_gpu)
     gpu = chosen_gpu(chosen.gpu)
     bound = step_bound(subject.config, sizes, subject.options, gpu, chosen.steps)
@@ -72,32 +70,40 @@ def explain(chosen: argparse.Namespace, sizes: StepSizes) -> int:
 def _subject(chosen: argparse.Namespace) -> Subject:
     from ..quant.quantized_checkpoint import QuantizedCheckpoint
     from ..quant.recipe import QuantizeOptions, named_recipe
-    from ..quant.roofline.published import PUBLISHED
     from ..quant.roofline.subjects import checkpoint_subject, published_subject
 
     if chosen.engine is None:
-        if chosen.model not in PUBLISHED:
-            known = ", ".join(PUBLISHED)
-            raise OptionError("--model", f"{chosen.model!r} is none of {known}")
+        model = published_name(chosen.model)
         recipe = named_recipe(chosen.recipe)
         options = QuantizeOptions(recipe=recipe, fp8_attention=not chosen.bf16_attention)
-        return published_subject(chosen.model, options)
+        return published_subject(model, options)
     folders = model_folders(chosen.models)
     name = existing_engine(folders, chosen.engine).parent.name
     metadata = QuantizedCheckpoint.read(existing_checkpoint(folders, name)).metadata
     return checkpoint_subject(name, metadata)
 
 
+def published_name(model: str) -> str:
+    """Return the name of a published model.
+
+    Raises:
+        OptionError: There is no such model.
+    """
+    from ..quant.roofline.published import PUBLISHED
+
+    if model not in PUBLISHED:
+        raise OptionError("--model", f"{model!r} is none of {', '.join(PUBLISHED)}")
+    return model
+
+
 def chosen_gpu(name: str | None) -> GpuPeaks:
     """Return the peaks of a GPU by name, or of this machine's."""
     import torch
 
-    from ..quant.roofline.gpus import gpu_peaks
+    from ..quant.roofline.gpus import device_peaks, gpu_peaks
 
     if name is not None:
         return gpu_peaks(name)
     if not torch.cuda.is_available():
         raise OptionError("--gpu", "there is no CUDA GPU here, so one has to be named")
-    device = torch.cuda.current_device()
-    memory = torch.cuda.get_device_properties(device).total_memory
-    return gpu_peaks(torch.cuda.get_device_name(device), memory)
+    return device_peaks(torch.cuda.current_device())

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import comfy.model_management
 from comfy_api.latest import io
 
-from ..quant.roofline.gpus import gpu_peaks, known_gpus
+from ..quant.roofline.gpus import device_peaks, gpu_peaks, known_gpus
 from .errors import NoGpuError
 
 if TYPE_CHECKING:
@@ -40,7 +40,4 @@ def chosen_peaks(gpu: str) -> GpuPeaks:
     device = comfy.model_management.get_torch_device()
     if device.type != "cuda":
         raise NoGpuError(str(device))
-    import torch
-
-    memory = torch.cuda.get_device_properties(device).total_memory
-    return gpu_peaks(torch.cuda.get_device_name(device), memory)
+    return device_peaks(device)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from comfy_api.latest import io
 
+from ..quant.flux.config import PATCH_PIXELS
 from ..quant.roofline.published import PUBLISHED
 from ..trt_runtime.spec import MAX_LORA_RANK
 from . import paths
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from ..quant.roofline.subjects import Subject
 
 NO_CHECKPOINT = "none"
-PATCH_PIXELS = 16
-"""Side of the picture's part that is one token."""
 
 
 class SpeedLimit(io.ComfyNode):

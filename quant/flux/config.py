@@ -9,6 +9,10 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+PATCH_PIXELS = 16
+"""Side of the picture's part that is one token: the autoencoders take 8 pixels to 1 and FLUX.1 then
+takes 2 x 2 of the latent; FLUX.2's autoencoder does both (black-forest-labs/flux and flux2)."""
+
 _FLUX1_VARIANTS = {
     16: "flux1",
     32: "flux1-control",

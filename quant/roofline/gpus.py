@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from ..errors.speed import UnknownGpuError
 from ..recipe import Format
+
+if TYPE_CHECKING:
+    import torch
 
 _FILE = Path(__file__).with_name("gpus.yaml")
 
@@ -65,6 +68,18 @@ def gpu_peaks(name: str, memory: float | None = None) -> GpuPeaks:
     if memory is None:
         return found
     return GpuPeaks(**{**vars(found), "memory": memory})
+
+
+def device_peaks(device: torch.device | int) -> GpuPeaks:
+    """Return the peaks of a CUDA device of this machine, with the memory that it has.
+
+    Raises:
+        UnknownGpuError: The data file does not have it.
+    """
+    import torch
+
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return gpu_peaks(torch.cuda.get_device_name(device), memory)
 
 
 def _peaks(name: str, entry: Mapping[str, Any], data: Mapping[str, Any]) -> GpuPeaks:

@@ -72,6 +72,11 @@ class StepOptions:
     branch_rank: int = 0
     lora_rank: int = 0
 
+    @property
+    def attention_unit(self) -> Format:
+        """Format in which attention multiplies."""
+        return "fp8" if self.fp8_attention else "bf16"
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -151,7 +156,7 @@ def activation_bytes(config: FluxConfig, sizes: StepSizes, options: StepOptions)
     tokens = sizes.batch * (sizes.img_tokens + sizes.txt_tokens)
     width = config.hidden_size
     first, second = 3 * width + config.mlp_in_size, width + config.mlp_size
-    attention = 3 * width * BYTES["fp8" if options.fp8_attention else "bf16"]
+    attention = 3 * width * BYTES[options.attention_unit]
     return tokens * (2 * (width + first + second) + attention)
 
 
@@ -216,7 +221,7 @@ def _attention_kernel(
 ) -> Kernel:
     """Q k^T and its product with v: two GEMMs of ``S x S`` for each channel."""
     tokens, width = sizes.img_tokens + sizes.txt_tokens, config.hidden_size
-    unit: Format = "fp8" if options.fp8_attention else "bf16"
+    unit = options.attention_unit
     flops = 4.0 * sizes.batch * tokens**2 * width
     moved = sizes.batch * tokens * width * (3 * BYTES[unit] + 2)
     return Kernel(ATTENTION, ATTENTION, unit, flops, moved, block)
@@ -227,7 +232,7 @@ def _between_kernels(
 ) -> Iterator[Kernel]:
     """The passes between GEMMs; their few operations per value never count."""
     width, hidden, mlp_in = config.hidden_size, config.mlp_size, config.mlp_in_size
-    rotated = 3 * width * BYTES["fp8" if options.fp8_attention else "bf16"]
+    rotated = 3 * width * BYTES[options.attention_unit]
 
     def rounded(linear: str, columns: int) -> float:
         return columns * BYTES[options.formats[f"{block}.{linear}"]]

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from flux_fp4.cli.bench import BACKENDS
 from flux_fp4.cli.program import main
 from flux_fp4.quant.flux.config import FluxConfig
 from flux_fp4.quant.onnx_export import export_blocks
+from flux_fp4.trt_runtime import backend
 from flux_fp4.trt_runtime.builder import build_engine
 from flux_fp4.trt_runtime.targets import build_spec
 from PIL import Image
@@ -43,6 +45,10 @@ def bench(models: Path, *arguments: object) -> tuple[int, str, str]:
     with redirect_stdout(StringIO()) as output, redirect_stderr(StringIO()) as errors:
         code = main([str(argument) for argument in command])
     return code, output.getvalue(), errors.getvalue()
+
+
+def test_every_backend_can_be_chosen() -> None:
+    assert set(BACKENDS) == {"auto", backend.REFERENCE, *backend.PACKAGES}
 
 
 def test_figures_of_every_kind_and_of_all_blocks(built: Path, tmp_path: Path) -> None:
